@@ -1,0 +1,1 @@
+"""Small trained checkpoints and the synthetic pictures they were trained on."""

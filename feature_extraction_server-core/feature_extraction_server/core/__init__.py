@@ -1,0 +1,1 @@
+"""The server's core: settings, plugins, media, tasks, jobs and models. It knows nothing of HTTP."""

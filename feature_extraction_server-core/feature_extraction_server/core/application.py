@@ -1,0 +1,222 @@
+"""The application interface: what api plugins work with.
+
+It knows the plugins and the defaults, and turns a request into a call of a model's function. Where the models live is
+its subclass's business.
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+from feature_extraction_server.core.config import check_config
+from feature_extraction_server.core.errors import (
+    InvalidInput,
+    ModelNotFound,
+    NoDefault,
+    ServerError,
+    TaskNotFound,
+    TaskNotSupported,
+)
+from feature_extraction_server.core.jobs import Job
+from feature_extraction_server.core.plugins import Registry
+from feature_extraction_server.core.server_settings import ServerSettings
+
+
+class ApplicationInterface(ABC):
+    """The server's functions, free of HTTP. Every method may be called from any thread."""
+
+    def __init__(self, registry: Registry, settings: ServerSettings) -> None:
+        self.registry = registry
+        self.settings = settings
+        self.limits = settings.limits()
+
+    # Where the models live
+
+    @abstractmethod
+    def call(self, model: str, job: Job, deadline: float) -> Any:
+        """Run a job and return its result.
+
+        Args:
+            deadline: when to give up, on the clock of ``time.monotonic()``.
+
+        Raises:
+            ServerError: QueueFull, ModelError, ModelUnavailable, ModelLoadFailed, DeadlineExceeded, or what the
+                model's function raised of this kind.
+        """
+
+    @abstractmethod
+    def start(self, model: str, *, wait: bool = False) -> None:
+        """Start a model. Returns at once or, with ``wait``, when it runs.
+
+        Raises:
+            ModelNotFound: there is no such model.
+            ModelUnavailable, ModelLoadFailed, DeadlineExceeded: with ``wait``, when it did not come to run.
+        """
+
+    @abstractmethod
+    def stop(self, model: str, *, wait: bool = False) -> None:
+        """Stop a model. Returns at once or, with ``wait``, when it is stopped.
+
+        Raises:
+            ModelNotFound: there is no such model.
+            DeadlineExceeded: with ``wait``, when it takes longer than REQUEST_TIMEOUT.
+        """
+
+    @abstractmethod
+    def status(self, model: str) -> dict[str, Any]:
+        """Return a model's state, JSON-ready.
+
+        Raises:
+            ModelNotFound: there is no such model.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop all models and give back everything that was started."""
+
+    # What there is
+
+    def list_tasks(self) -> list[str]:
+        """Return the names of all tasks, sorted."""
+        return sorted(self.registry.tasks)
+
+    def list_models(self) -> list[str]:
+        """Return the names of all models, sorted."""
+        return sorted(self.registry.models)
+
+    def list_plugins(self) -> list[dict[str, str | None]]:
+        """Return kind, name, state and error of every plugin, those that are left out included."""
+        return [plugin.report() for plugin in self.registry.plugins]
+
+    def tasks_of(self, model: str) -> list[str]:
+        """Return the tasks that a model implements, sorted.
+
+        Raises:
+            ModelNotFound: there is no such model.
+        """
+        self.require_model(model)
+        return self.registry.tasks_of(model)
+
+    def models_for(self, task: str) -> list[str]:
+        """Return the models that implement a task, sorted.
+
+        Raises:
+            TaskNotFound: there is no such task.
+        """
+        self.require_task(task)
+        return self.registry.models_for(task)
+
+    def require_task(self, task: str) -> None:
+        """Raise TaskNotFound unless there is such a task."""
+        if task not in self.registry.tasks:
+            raise TaskNotFound(self._not_found("task", task, self.list_tasks()))
+
+    def require_model(self, model: str) -> None:
+        """Raise ModelNotFound unless there is such a model."""
+        if model not in self.registry.models:
+            raise ModelNotFound(self._not_found("model", model, self.list_models()))
+
+    # Requests
+
+    def run(self, task: str | None, model: str | None, payload: dict[str, Any]) -> Any:
+        """Run a task on a model and return the JSON-ready result. Blocks.
+
+        Args:
+            task: None for the default one.
+            model: None for the task's default one.
+            payload: the task's input, by key.
+
+        Raises:
+            ServerError: any of ``errors``.
+        """
+        deadline = time.monotonic() + self.settings.request_timeout.get()
+        task, model = self.resolve(task, model)
+        function = self.registry.tasks[task].wrap(ModelFunction(self, task, model, deadline))
+        if self.registry.spec(task) is not None:
+            return function(**payload)
+        return _call_by_signature(function, payload)
+
+    def resolve(self, task: str | None, model: str | None) -> tuple[str, str]:
+        """Return which task and which model a request means.
+
+        What it does not name is the configured default, or the only one that is possible.
+
+        Raises:
+            TaskNotFound, ModelNotFound: there is no such one.
+            TaskNotSupported: the model does not implement the task.
+            NoDefault: not named, not configured, and more than one is possible.
+        """
+        if model is not None:
+            self.require_model(model)
+        task = self._default_task(model) if task is None else task
+        self.require_task(task)
+        model = self._default_model(task) if model is None else model
+        self.require_model(model)
+        if task not in (tasks := self.registry.tasks_of(model)):
+            known = ", ".join(tasks) or "no task"
+            raise TaskNotSupported(f"the model {model} does not implement the task {task}; it implements {known}")
+        return task, model
+
+    def _default_task(self, model: str | None) -> str:
+        possible = self.list_tasks() if model is None else self.registry.tasks_of(model)
+        default = self.settings.default_task.get()
+        if default is not None and (model is None or default in possible):
+            return str(default)
+        if len(possible) == 1:
+            return possible[0]
+        raise NoDefault(f"name a task, since DEFAULT_TASK decides nothing here; there are {', '.join(possible)}")
+
+    def _default_model(self, task: str) -> str:
+        default = self.settings.default_model(task)
+        if default is not None:
+            return default
+        possible = self.registry.models_for(task)
+        if len(possible) == 1:
+            return possible[0]
+        known = ", ".join(possible) or "none is installed"
+        raise NoDefault(f"name a model, since DEFAULT_MODEL_{task.upper()} is not set; for the task {task}: {known}")
+
+    def _not_found(self, kind: str, name: str, known: list[str]) -> str:
+        if reason := self.registry.errors.get((f"{kind}s", name)):
+            return f"the {kind} {name} is left out, since its plugin failed: {reason}"
+        return f"there is no {kind} {name[:80]!r}; there are {', '.join(known) or 'none'}"
+
+
+class ModelFunction:
+    """A model's function for a task, as ``wrap`` receives it: calling it queues a job and waits for the result."""
+
+    def __init__(self, application: ApplicationInterface, task: str, model: str, deadline: float) -> None:
+        self.__name__ = task
+        self.limits = application.limits
+        self._application = application
+        self._model = model
+        self._deadline = deadline
+
+    def __call__(self, *positional: Any, **arguments: Any) -> Any:
+        task, registry = self.__name__, self._application.registry
+        config_type = registry.config_type(self._model, task)
+        if config_type is not None and "config" in arguments:
+            arguments["config"] = check_config(config_type, arguments["config"])
+        spec = registry.spec(task)
+        job = Job(task, arguments, spec.batch_fields if spec else (), positional)
+        if spec is not None and not job.n_items:
+            return []
+        return self._application.call(self._model, job, self._deadline)
+
+
+def _call_by_signature(function: Callable[..., Any], payload: dict[str, Any]) -> Any:
+    """Call a hand-written task. Its signature says which keys it takes, its ValueError what the client got wrong."""
+    try:
+        inspect.signature(function, follow_wrapped=False).bind(**payload)
+    except TypeError as error:
+        raise InvalidInput(f"the keys do not fit the task: {error}") from None
+    try:
+        return function(**payload)
+    except ServerError:
+        raise
+    except ValueError as error:
+        raise InvalidInput(str(error)) from error

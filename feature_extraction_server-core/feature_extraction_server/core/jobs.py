@@ -1,0 +1,173 @@
+"""Jobs, the queue they wait in, and the batches that they are run in.
+
+A job is one request's work for one model. Jobs of the same task with equal non-batch arguments join one batch; a job
+with more items than a batch holds is spread over several. Nothing here has a thread or a lock of its own: the queue is
+guarded by the lock of the model that owns it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from feature_extraction_server.core.errors import ModelError, ServerError
+from feature_extraction_server.core.task import batch_key
+
+logger = logging.getLogger(__name__)
+
+
+class Job:
+    """One request's call of a model's function for ``task``.
+
+    Args:
+        task: the function's name.
+        arguments: its keyword arguments; those named in ``batch_fields`` are lists with one element an item.
+        batch_fields: empty for a task that declares none: the job is then one item and is never joined with others.
+        positional: its positional arguments, which only a task without declared fields may use.
+    """
+
+    def __init__(
+        self,
+        task: str,
+        arguments: dict[str, Any],
+        batch_fields: tuple[str, ...] = (),
+        positional: tuple[Any, ...] = (),
+    ) -> None:
+        self.task = task
+        self.future: Future[Any] = Future()
+        self.batched = {key: value for key, value in arguments.items() if key in batch_fields}
+        self.shared = {key: value for key, value in arguments.items() if key not in batch_fields}
+        self.positional = positional
+        self.n_items = len(next(iter(self.batched.values()))) if self.batched else 1
+        self.n_taken = 0
+        self._joins = (task, tuple(self.batched), batch_key(self.shared)) if self.batched else None
+        self._results: list[Any] = [None] * self.n_items
+        self._n_missing = self.n_items
+
+    def joins(self, other: Job) -> bool:
+        """Tell whether both may be answered by one call of the model's function."""
+        return self._joins is not None and self._joins == other._joins
+
+    @property
+    def ended(self) -> bool:
+        return self.future.done()
+
+    def succeed(self, start: int, results: list[Any]) -> None:
+        """Take the results of the items from ``start`` on. The last ones to come answer the waiter."""
+        self._results[start : start + len(results)] = results
+        self._n_missing -= len(results)
+        if not self._n_missing:
+            self._settle(lambda: self.future.set_result(self._results if self.batched else self._results[0]))
+
+    def fail(self, error: ServerError) -> None:
+        """Answer the waiter with an error, unless it has an answer already."""
+        self._settle(lambda: self.future.set_exception(error))
+
+    def cancel(self) -> None:
+        """Give the job up: its waiter has left. What still waits of it is not run."""
+        self.future.cancel()
+
+    @staticmethod
+    def _settle(answer: Callable[[], None]) -> None:
+        with suppress(InvalidStateError):  # cancelled, or failed meanwhile by a stop or another item
+            answer()
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The items ``start`` to ``stop`` of a job, which one batch runs."""
+
+    job: Job
+    start: int
+    stop: int
+
+
+class Batch:
+    """What one call of a model's function runs. A consumer calls ``run()`` on each batch it fetches."""
+
+    def __init__(self, model: str, function: Callable[..., Any], pieces: list[Piece]) -> None:
+        self.pieces = pieces
+        self._model = model
+        self._function = function
+
+    def run(self) -> None:
+        """Call the model's function and answer the jobs. Raises nothing, whatever the function raises."""
+        pieces = [piece for piece in self.pieces if not piece.job.ended]
+        if not pieces:
+            return
+        error = self._try(pieces)
+        if error is None:
+            return
+        if len(pieces) == 1:
+            pieces[0].job.fail(error)
+            return
+        # One of the joined jobs may be the cause: run apart, it fails alone.
+        for piece in pieces:
+            if (error := self._try([piece])) is not None:
+                piece.job.fail(error)
+
+    def _try(self, pieces: list[Piece]) -> ServerError | None:
+        n_items = sum(piece.stop - piece.start for piece in pieces)
+        try:
+            results = self._call(pieces)
+            results = list(results) if pieces[0].job.batched else [results]
+            if len(results) != n_items:
+                raise ModelError(f"the model {self._model} gave {len(results)} results for {n_items} items")
+        except ServerError as error:
+            return error.with_traceback(None)
+        except BaseException as error:  # SystemExit too: whatever a model raises is the job's error, not the consumer's
+            task = pieces[0].job.task
+            logger.exception("The model %s failed on the task %s (%d items)", self._model, task, n_items)
+            return ModelError(f"the model {self._model} failed: {type(error).__name__}: {error}")
+        for piece in pieces:
+            n = piece.stop - piece.start
+            piece.job.succeed(piece.start, results[:n])
+            results = results[n:]
+        return None
+
+    def _call(self, pieces: list[Piece]) -> Any:
+        first = pieces[0].job
+        batched = {
+            key: [item for piece in pieces for item in piece.job.batched[key][piece.start : piece.stop]]
+            for key in first.batched
+        }
+        return self._function(*first.positional, **batched, **first.shared)
+
+
+class JobQueue:
+    """The jobs that wait for a model, first come, first served."""
+
+    def __init__(self) -> None:
+        self._jobs: deque[Job] = deque()
+
+    def __len__(self) -> int:
+        return sum(not job.ended for job in self._jobs)
+
+    def __iter__(self) -> Iterator[Job]:
+        return iter(self._jobs)
+
+    def put(self, job: Job) -> None:
+        self._jobs.append(job)
+
+    def take(self, max_items: int) -> list[Piece]:
+        """Take the first job that still has a waiter and all that joins it, ``max_items`` items at most."""
+        pieces: list[Piece] = []
+        kept: deque[Job] = deque()
+        room = max_items
+        for job in self._jobs:
+            if job.ended:
+                continue
+            if room and (not pieces or job.joins(pieces[0].job)):
+                n = min(room, job.n_items - job.n_taken)
+                pieces.append(Piece(job, job.n_taken, job.n_taken + n))
+                job.n_taken += n
+                room -= n
+            if job.n_taken < job.n_items:
+                kept.append(job)
+        self._jobs = kept
+        return pieces

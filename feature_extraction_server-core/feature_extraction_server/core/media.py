@@ -1,0 +1,191 @@
+"""Images and recordings: from a client's base64 text to pictures and samples.
+
+All of this runs on the request's own thread. Pillow is imported with this module; NumPy, soundfile and soxr
+only when the first recording arrives.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from feature_extraction_server.core.errors import InvalidInput, TooLarge
+
+if TYPE_CHECKING:
+    import numpy as np
+    import soundfile
+
+# MAX_IMAGE_PIXELS is checked against the header's size before anything is decoded; Pillow's own, fixed limit is off.
+Image.MAX_IMAGE_PIXELS = None
+
+# EPS is left out: Pillow would hand the client's PostScript to an external interpreter.
+_REFUSED_FORMATS: Final = frozenset({"EPS"})
+_DATA_URL: Final = re.compile(r"data:([^,;]*)((?:;[^,;]*)*),", re.IGNORECASE)
+_URL_SAFE: Final = bytes.maketrans(b"-_", b"+/")
+_WHITE_SPACE: Final = b" \t\r\n\f\v"
+_AUDIO_BLOCK_FRAMES: Final = 1 << 18
+
+
+@dataclass(frozen=True)
+class Audio:
+    """A recording. ``samples``: float32 (n,), channels averaged, in [-1, 1]; ``sampling_rate``: Hz, as recorded."""
+
+    samples: np.ndarray[Any, np.dtype[np.float32]]
+    sampling_rate: int
+
+    @property
+    def seconds(self) -> float:
+        return len(self.samples) / self.sampling_rate
+
+    def resampled(self, sampling_rate: int) -> Audio:
+        """Return the recording at another sampling rate in Hz (itself where that is its own)."""
+        if sampling_rate == self.sampling_rate:
+            return self
+        import numpy as np
+        import soxr
+
+        samples = np.clip(soxr.resample(self.samples, self.sampling_rate, sampling_rate), -1, 1)
+        return Audio(samples.astype(np.float32, copy=False), sampling_rate)
+
+
+def decode_base64(text: str, field: str) -> bytes:
+    """Decode base64, standard or URL-safe, with or without padding, white space and a data URL prefix.
+
+    Raises:
+        InvalidInput: the text is empty or not base64; the error names ``field``.
+    """
+    if text[:5].lower() == "data:":
+        match = _DATA_URL.match(text)
+        if match is None or ";base64" not in match[2].lower().replace(" ", ""):
+            raise InvalidInput(f"{field} is a data URL that does not start with 'data:<type>;base64,'", field=field)
+        text = text[match.end() :]
+    try:
+        encoded = text.encode("ascii").translate(_URL_SAFE, delete=_WHITE_SPACE).rstrip(b"=")
+        # One character more than a multiple of four encodes nothing: b64decode refuses it.
+        data = base64.b64decode(encoded + b"=" * (-len(encoded) % 4), validate=True)
+    except (UnicodeEncodeError, binascii.Error):
+        raise InvalidInput(
+            f"{field} is not valid base64: encode the file's bytes as base64, with or without a data URL prefix",
+            field=field,
+        ) from None
+    if not data:
+        raise InvalidInput(f"{field} is empty: send a file's bytes as base64", field=field)
+    return data
+
+
+def decode_image(text: str, field: str, max_pixels: int) -> Image.Image:
+    """Decode a base64 picture of any format that Pillow reads (but EPS) to RGB.
+
+    EXIF orientation is applied, transparency laid over white, 16-bit grey scaled to 8 bits; of an animation the first
+    frame is taken.
+
+    Raises:
+        InvalidInput: not base64, not a picture, or a damaged one; the error names ``field``.
+        TooLarge: more than ``max_pixels`` pixels (found out before decoding).
+    """
+    data = decode_base64(text, field)
+    try:
+        image = Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        raise InvalidInput(f"{field} is not an image of a known format", field=field) from None
+    except Exception as error:  # Pillow's parsers meet hostile bytes with errors of many types
+        raise InvalidInput(f"{field} is a damaged image: {_reason(error)}", field=field) from None
+    if image.format in _REFUSED_FORMATS:
+        raise InvalidInput(f"{field} is an image of the format {image.format}, which is not accepted", field=field)
+    n_pixels = image.width * image.height
+    if n_pixels > max_pixels:
+        raise TooLarge(
+            f"{field} has {image.width} x {image.height} = {n_pixels} pixels; "
+            f"at most {max_pixels} are allowed (MAX_IMAGE_PIXELS)",
+            field=field,
+        )
+    try:
+        image.load()
+        return _to_rgb(_upright(image))
+    except Exception as error:  # as above
+        raise InvalidInput(f"{field} is a damaged image: {_reason(error)}", field=field) from None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # EXIF data that cannot be read says nothing about orientation
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and not image.has_transparency_data:
+        # A copy without the file's metadata and without the lazy file behind it would cost a second buffer.
+        return image
+    if image.mode.startswith("I"):
+        image = _to_8_bit_grey(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def _to_8_bit_grey(image: Image.Image) -> Image.Image:
+    """Scale 16-bit (or 32-bit) grey to 8 bits; Pillow's own conversion would clip it to white."""
+    image = image.convert("I")
+    lowest, highest = image.getextrema()
+    full_scale = 65535 if 0 <= lowest and highest <= 65535 else 2**31 - 1
+    return image.point(lambda value: value * (255 / full_scale) + 0.5).convert("L")
+
+
+def decode_audio(text: str, field: str, max_seconds: float) -> Audio:
+    """Decode a base64 recording (WAV, FLAC, OGG, MP3 and whatever else libsndfile reads).
+
+    Raises:
+        InvalidInput: not base64, not a recording, a damaged or an empty one; the error names ``field``.
+        TooLarge: longer than ``max_seconds``.
+    """
+    import soundfile
+
+    data = decode_base64(text, field)
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            samples = _read_mono(file, field, max_seconds)
+            sampling_rate = file.samplerate
+    except soundfile.LibsndfileError as error:
+        raise InvalidInput(
+            f"{field} is not a recording that can be read (WAV, FLAC, OGG and MP3 can): {_reason(error)}", field=field
+        ) from None
+    if not len(samples):
+        raise InvalidInput(f"{field} is a recording without a single sample", field=field)
+    return Audio(samples, sampling_rate)
+
+
+def _read_mono(
+    file: soundfile.SoundFile, field: str, max_seconds: float
+) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Read block by block, since a header may lie about the length, and channels would multiply the memory."""
+    import numpy as np
+
+    max_frames = int(max_seconds * file.samplerate)
+    blocks: list[np.ndarray[Any, np.dtype[np.float32]]] = []
+    n_frames = 0
+    while len(block := file.read(_AUDIO_BLOCK_FRAMES, dtype="float32", always_2d=True)):
+        n_frames += len(block)
+        if n_frames > max_frames:
+            raise TooLarge(
+                f"{field} is longer than {max_seconds:g} seconds, the longest that is allowed (MAX_AUDIO_SECONDS)",
+                field=field,
+            )
+        if not np.isfinite(block).all():
+            raise InvalidInput(f"{field} is a recording with samples that are not finite numbers", field=field)
+        blocks.append(np.clip(block.mean(axis=1), -1, 1))
+    return np.concatenate(blocks) if blocks else np.empty(0, np.float32)
+
+
+def _reason(error: Exception) -> str:
+    """The library's own words, on one line and without what is ours (an object's address, say)."""
+    words = " ".join(str(error).split())
+    return re.sub(r"<[^<>]*>", "the data", words)[:200] or type(error).__name__

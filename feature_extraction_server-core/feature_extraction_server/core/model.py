@@ -1,0 +1,452 @@
+"""A model's life: its state, its queue, and the consumer that runs its jobs.
+
+``Model`` outlives its starts and stops; each start makes a ``ModelRun``, which the consumer receives and knows the
+model by. All state is guarded by one lock a model, which is never held while something is loaded, run or answered:
+the new state is set first, the waiters are answered last, so that who is answered sees it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from types import ModuleType
+from typing import Any, Final, Protocol
+
+from feature_extraction_server.core.errors import (
+    DeadlineExceeded,
+    ModelLoadFailed,
+    ModelUnavailable,
+    QueueFull,
+    ServerError,
+)
+from feature_extraction_server.core.jobs import Batch, Job, JobQueue
+from feature_extraction_server.core.logs import LogServer
+
+logger = logging.getLogger(__name__)
+
+
+class State(StrEnum):
+    STOPPED = "stopped"
+    STARTING = "starting"
+    LOADING = "loading"
+    RUNNING = "running"
+    STOPPING = "stopping"
+    FAILED = "failed"
+
+
+_ON_ITS_WAY: Final = (State.STARTING, State.LOADING, State.RUNNING)
+
+
+class ConsumerHandle(Protocol):
+    """What a consumer's ``start`` returns: a thread, a process, or anything that tells as much."""
+
+    def is_alive(self) -> bool: ...
+
+    def join(self, timeout: float | None = None) -> Any: ...
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """How a model is run; all times in seconds. See the settings of the same names."""
+
+    result_check_interval: float = 0.1
+    max_queue_size: int = 1024
+    max_batch_size: int = 32
+    stop_grace_period: float = 30
+    load_retry_delay: float = 10
+
+
+class ModelRun:
+    """One life of a model, from a start to the stop after it. This is what a consumer's ``start`` receives.
+
+    The consumer calls ``load_model()`` and then ``run()`` on each job that ``fetch_jobs()`` yields, all where the
+    model is to live.
+    """
+
+    def __init__(self, model: Model, queue: JobQueue) -> None:
+        self.name: Final = model.name
+        self.queue: Final = queue
+        # Accepted and not yet answered, the ones in a batch included.
+        self.jobs: Final[set[Job]] = {job for job in queue if not job.ended}
+        self.loaded = False
+        self.ended = False
+        self.handle: ConsumerHandle | None = None
+        self.grace_timer: threading.Timer | None = None
+        self._model = model
+        self._globals_before: dict[str, Any] = {}
+
+    def load_model(self) -> None:
+        """Load the model. A failure is recorded and logged, not raised: ``fetch_jobs`` then ends at once."""
+        if not self._model._begin_loading(self):
+            return
+        module = self._model.module
+        self._globals_before = dict(vars(module))
+        started = time.monotonic()
+        failure = None
+        try:
+            module.load_model()
+        except BaseException as error:  # SystemExit too: a model that fails to load must not take the consumer along
+            logger.exception("The model %s failed to load", self.name)
+            failure = f"the model {self.name} failed to load: {_describe(error)}"
+        if failure is None:
+            self.loaded = True
+            self._model._load_succeeded(self, time.monotonic() - started)
+        else:
+            # Only now has the traceback let go of what was loaded so far.
+            self._drop_globals()
+            _release_memory()
+            self._model._load_failed(self, failure)
+
+    def fetch_jobs(self) -> Iterator[Batch]:
+        """Yield what is to be run next; block while there is nothing. Ends when the model is stopped."""
+        try:
+            while (batch := self._model._next_batch(self)) is not None:
+                yield batch
+                del batch  # an idle model holds on to no client's images
+        finally:
+            self.end("its consumer left")
+
+    def end(self, reason: str) -> None:
+        """Unload the model and leave the run. ``reason`` tells why, where nobody asked for it."""
+        if not self._model._claim_end(self):
+            return
+        if self.loaded:
+            self._unload()
+        self._model._run_ended(self, reason)
+
+    def _unload(self) -> None:
+        unload_model = getattr(self._model.module, "unload_model", None)
+        try:
+            if unload_model is not None:
+                unload_model()
+        except BaseException:  # as for load_model
+            logger.exception("The model %s failed in unload_model", self.name)
+            unload_model = None
+        if unload_model is None:
+            self._drop_globals()
+        self.loaded = False
+        _release_memory()
+
+    def _drop_globals(self) -> None:
+        """Give the module's globals the values that they had before ``load_model`` set them."""
+        namespace = vars(self._model.module)
+        for name, value in list(namespace.items()):
+            if name not in self._globals_before:
+                del namespace[name]
+            elif value is not self._globals_before[name]:
+                namespace[name] = self._globals_before[name]
+        self._globals_before = {}
+
+
+class Model:
+    """One model plugin and its life. Every method may be called from any thread.
+
+    Args:
+        name: the plugin's name.
+        module: the plugin's module.
+        consumer_type: which consumer runs it.
+        start_consumer: that consumer's ``start``.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        module: ModuleType,
+        consumer_type: str,
+        start_consumer: Callable[[ModelRun, LogServer], ConsumerHandle],
+        log_server: LogServer,
+        options: ModelOptions | None = None,
+    ) -> None:
+        self.name: Final = name
+        self.module: Final = module
+        self.consumer_type: Final = consumer_type
+        self._start_consumer = start_consumer
+        self._log_server = log_server
+        self._options = options or ModelOptions()
+        self._changed = threading.Condition(threading.Lock())
+        self._state = State.STOPPED
+        self._error: str | None = None
+        self._retry_at = 0.0
+        self._load_seconds: float | None = None
+        self._run: ModelRun | None = None
+        self._restart = False
+        self._next_queue = JobQueue()  # the jobs that came while stopping: they wait for the next run
+
+    # What requests do
+
+    def start(self) -> None:
+        """Start the model unless it runs or is about to. Returns at once; of a crossing stop the later wins."""
+        self.notice_dead_consumer()
+        with self._changed:
+            run = self._start_locked()
+        self._launch(run)
+
+    def stop(self) -> None:
+        """Stop the model. Returns at once; accepted jobs may finish within the grace period, then get a 503."""
+        self.notice_dead_consumer()
+        with self._changed:
+            self._restart = False
+            orphans = list(self._next_queue)
+            self._next_queue = JobQueue()
+            if self._state is State.FAILED:
+                self._set_state(State.STOPPED)
+            elif self._state in _ON_ITS_WAY:
+                assert self._run is not None
+                self._set_state(State.STOPPING)
+                if self._run.jobs:
+                    self._set_grace_timer(self._run)
+        self._fail(orphans, ModelUnavailable(f"the model {self.name} was stopped"))
+
+    def submit(self, job: Job) -> None:
+        """Queue a job, and start the model where it does not run.
+
+        Raises:
+            QueueFull: as many jobs wait as may.
+            ModelLoadFailed: the model failed to load less than the retry delay ago.
+        """
+        self.notice_dead_consumer()
+        with self._changed:
+            wait = self._retry_at - time.monotonic()
+            if self._state is State.FAILED and wait > 0:
+                raise ModelLoadFailed(self._error or "", retry_after=wait)
+            run = self._start_locked()
+            stopping = self._state is State.STOPPING
+            queue = self._next_queue if stopping else self._current_run().queue
+            if full := len(queue) >= self._options.max_queue_size:
+                pass
+            elif stopping:
+                queue.put(job)
+            else:
+                queue.put(job)
+                self._current_run().jobs.add(job)
+                self._changed.notify_all()
+        self._launch(run)
+        if full:
+            raise QueueFull(
+                f"the queue of the model {self.name} is full: {self._options.max_queue_size} jobs wait already "
+                "(MAX_QUEUE_SIZE)",
+                retry_after=1,
+            )
+
+    def wait(self, job: Job, deadline: float) -> Any:
+        """Return the job's result as soon as it is there.
+
+        Args:
+            deadline: when to give up, on the clock of ``time.monotonic()``.
+
+        Raises:
+            DeadlineExceeded: no result by then; what is left of the job is not run.
+            ServerError: the job failed, or the model.
+        """
+        try:
+            while (remaining := deadline - time.monotonic()) > 0:
+                try:
+                    return job.future.result(timeout=min(self._options.result_check_interval, remaining))
+                except TimeoutError:
+                    self.notice_dead_consumer()
+            raise DeadlineExceeded(f"the model {self.name} gave no answer in time (REQUEST_TIMEOUT)")
+        finally:
+            job.cancel()
+            self._forget(job)
+
+    def wait_for_state(self, states: Iterable[State], deadline: float) -> State:
+        """Wait until the model is in one of ``states``, and return which.
+
+        Raises:
+            DeadlineExceeded: it was in none of them by then.
+        """
+        states = tuple(states)
+        while (remaining := deadline - time.monotonic()) > 0:
+            self.notice_dead_consumer()
+            with self._changed:
+                if self._changed.wait_for(
+                    lambda: self._state in states, min(self._options.result_check_interval, remaining)
+                ):
+                    return self._state
+        raise DeadlineExceeded(f"the model {self.name} is still {self._state} (REQUEST_TIMEOUT)")
+
+    def status(self) -> dict[str, Any]:
+        """Return the model's state as a JSON-ready dict; ``load_seconds`` is how long its last load took."""
+        self.notice_dead_consumer()
+        with self._changed:
+            n_waiting = len(self._run.queue) if self._run else 0
+            n_accepted = len(self._run.jobs) if self._run else 0
+            return {
+                "model": self.name,
+                "state": str(self._state),
+                "error": self._error,
+                "queue_depth": n_waiting + len(self._next_queue),
+                "running_jobs": max(0, n_accepted - n_waiting),
+                "consumer_type": self.consumer_type,
+                "load_seconds": self._load_seconds,
+            }
+
+    def join(self, timeout: float) -> None:
+        """Wait at most ``timeout`` seconds until the consumer is gone."""
+        with self._changed:
+            handle = self._run.handle if self._run else None
+        if handle is not None:
+            handle.join(timeout)
+
+    def notice_dead_consumer(self) -> None:
+        """If the consumer died without a word, say so to everybody who waits for it."""
+        with self._changed:
+            run = self._run
+            dead = run is not None and not run.ended and run.handle is not None and not run.handle.is_alive()
+        if dead and run is not None:
+            run.end("its consumer died")
+
+    # What a run does
+
+    def _begin_loading(self, run: ModelRun) -> bool:
+        with self._changed:
+            if run is not self._run or run.ended or (self._state is State.STOPPING and not run.jobs):
+                return False
+            if self._state is State.STARTING:
+                self._set_state(State.LOADING)
+            return True
+
+    def _load_succeeded(self, run: ModelRun, seconds: float) -> None:
+        with self._changed:
+            self._load_seconds = round(seconds, 3)
+            if self._state is State.LOADING:
+                self._set_state(State.RUNNING)
+        logger.info("The model %s was loaded in %.1f s", self.name, seconds)
+
+    def _load_failed(self, run: ModelRun, reason: str) -> None:
+        with self._changed:
+            if run.ended:
+                return
+            run.ended = True
+            jobs, run_next = self._leave(run, reason)
+            self._retry_at = time.monotonic() + self._options.load_retry_delay
+        self._fail(jobs, ModelLoadFailed(reason))
+        self._launch(run_next)
+
+    def _next_batch(self, run: ModelRun) -> Batch | None:
+        with self._changed:
+            while not run.ended:
+                if pieces := run.queue.take(self._options.max_batch_size):
+                    function = getattr(self.module, pieces[0].job.task)
+                    return Batch(self.name, function, pieces)
+                if self._state is State.STOPPING:
+                    return None
+                self._changed.wait()
+            return None
+
+    def _claim_end(self, run: ModelRun) -> bool:
+        """Make sure that only one thread ends a run, the consumer's own or one that noticed its death."""
+        with self._changed:
+            claimed = not run.ended
+            run.ended = True
+            if claimed and self._state in _ON_ITS_WAY:
+                logger.error("The model %s ends unasked", self.name)
+            return claimed
+
+    def _run_ended(self, run: ModelRun, reason: str) -> None:
+        message = f"the model {self.name} is not available: {reason}"
+        with self._changed:
+            while_loading = self._state in (State.STARTING, State.LOADING)
+            jobs, run_next = self._leave(run, message)
+            if while_loading:
+                self._retry_at = time.monotonic() + self._options.load_retry_delay
+        self._fail(jobs, ModelUnavailable(message))
+        self._launch(run_next)
+
+    # Steps that need the lock, which the caller holds
+
+    def _start_locked(self) -> ModelRun | None:
+        if self._state in _ON_ITS_WAY:
+            return None
+        if self._state is State.STOPPING:
+            self._restart = True
+            return None
+        return self._new_run()
+
+    def _new_run(self) -> ModelRun:
+        self._run = ModelRun(self, self._next_queue)
+        self._next_queue = JobQueue()
+        self._restart = False
+        self._retry_at = 0.0
+        self._set_state(State.STARTING)
+        return self._run
+
+    def _leave(self, run: ModelRun, reason: str) -> tuple[list[Job], ModelRun | None]:
+        """Set the state after a run; return the jobs that are left unanswered, and the next run to launch."""
+        if run.grace_timer is not None:
+            run.grace_timer.cancel()
+        jobs = list(run.jobs)
+        run.jobs.clear()
+        if self._state is State.STOPPING:
+            self._set_state(State.STOPPED)
+            return jobs, self._new_run() if self._restart else None
+        self._set_state(State.FAILED, reason)
+        return jobs, None
+
+    def _current_run(self) -> ModelRun:
+        assert self._run is not None
+        return self._run
+
+    def _set_state(self, state: State, error: str | None = None) -> None:
+        logger.info("The model %s is %s", self.name, state)
+        self._state = state
+        self._error = error
+        self._changed.notify_all()
+
+    def _set_grace_timer(self, run: ModelRun) -> None:
+        run.grace_timer = threading.Timer(self._options.stop_grace_period, self._end_grace, [run])
+        run.grace_timer.daemon = True
+        run.grace_timer.start()
+
+    # Steps that must not hold the lock
+
+    def _launch(self, run: ModelRun | None) -> None:
+        if run is None:
+            return
+        try:
+            handle = self._start_consumer(run, self._log_server)
+        except BaseException as error:  # a consumer plugin's fault must show as the model's state
+            logger.exception("The consumer %s of the model %s failed to start", self.consumer_type, self.name)
+            run.end(f"its consumer {self.consumer_type} failed to start: {_describe(error)}")
+        else:
+            run.handle = handle
+
+    def _end_grace(self, run: ModelRun) -> None:
+        with self._changed:
+            jobs = list(run.jobs)
+            run.jobs.clear()
+        self._fail(jobs, ModelUnavailable(f"the model {self.name} was stopped before it had answered"))
+
+    def _forget(self, job: Job) -> None:
+        with self._changed:
+            if self._run is not None:
+                self._run.jobs.discard(job)
+
+    @staticmethod
+    def _fail(jobs: Iterable[Job], error: ServerError) -> None:
+        for job in jobs:
+            job.fail(type(error)(error.message, retry_after=error.retry_after))
+
+
+def _describe(error: BaseException) -> str:
+    return error.message if isinstance(error, ServerError) else f"{type(error).__name__}: {error}"
+
+
+def _release_memory() -> None:
+    """Give freed memory back to the device and to the operating system."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        try:
+            ctypes.CDLL(None).malloc_trim(0)
+        except (OSError, AttributeError):
+            pass  # a C library other than glibc

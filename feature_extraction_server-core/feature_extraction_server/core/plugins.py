@@ -1,0 +1,153 @@
+"""Finding the plugins: modules in the four namespace packages, imported and checked into one registry.
+
+A plugin that fails to import or breaks its contract is left out and reported; the others work all the same.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import pkgutil
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from types import ModuleType
+from typing import Any, Final
+
+from feature_extraction_server.core.config import Config
+from feature_extraction_server.core.settings import SettingsManager
+from feature_extraction_server.core.task import TaskSpec
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE: Final = "feature_extraction_server"
+# Models come last: their functions are known by the tasks' names, their consumer types by the consumers'.
+KINDS: Final = ("consumers", "tasks", "apis", "models")
+_REQUIRED_FUNCTION: Final = {"consumers": "start", "tasks": "wrap", "apis": "add_routes", "models": "load_model"}
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """One discovered module, or the reason why it is left out."""
+
+    kind: str
+    name: str
+    module: ModuleType | None
+    error: str | None = None
+    traceback: str = ""
+
+    def report(self) -> dict[str, str | None]:
+        """Return what ``GET /api/plugins`` tells about it."""
+        state = "failed" if self.module is None else "loaded"
+        return {"kind": self.kind, "name": self.name, "state": state, "error": self.error}
+
+
+class PluginError(Exception):
+    """A plugin breaks its contract."""
+
+
+@dataclass(frozen=True)
+class Registry:
+    """All plugins by kind and name. It does not change after discovery."""
+
+    plugins: tuple[Plugin, ...]
+
+    @cached_property
+    def tasks(self) -> dict[str, ModuleType]:
+        return self._modules("tasks")
+
+    @cached_property
+    def models(self) -> dict[str, ModuleType]:
+        return self._modules("models")
+
+    @cached_property
+    def apis(self) -> dict[str, ModuleType]:
+        return self._modules("apis")
+
+    @cached_property
+    def consumers(self) -> dict[str, ModuleType]:
+        return self._modules("consumers")
+
+    @cached_property
+    def errors(self) -> dict[tuple[str, str], str]:
+        """The reasons of the plugins that are left out, by kind and name."""
+        return {(plugin.kind, plugin.name): plugin.error for plugin in self.plugins if plugin.error is not None}
+
+    def names(self, kind: str) -> list[str]:
+        """Return the names of a kind's plugins, those that are left out included."""
+        return sorted(plugin.name for plugin in self.plugins if plugin.kind == kind)
+
+    def tasks_of(self, model: str) -> list[str]:
+        """Return the tasks that a model implements, sorted."""
+        return [task for task in sorted(self.tasks) if callable(getattr(self.models[model], task, None))]
+
+    def models_for(self, task: str) -> list[str]:
+        """Return the models that implement a task, sorted."""
+        return [model for model in sorted(self.models) if callable(getattr(self.models[model], task, None))]
+
+    def spec(self, task: str) -> TaskSpec | None:
+        """Return a task's declaration, or None where its ``wrap`` is written by hand."""
+        declared = getattr(self.tasks[task].wrap, "__self__", None)
+        return declared if isinstance(declared, TaskSpec) else None
+
+    def config_type(self, model: str, task: str) -> type[Config] | None:
+        """Return the declaration of what a model takes as ``config`` for a task, if it has one."""
+        declared: type[Config] | None = getattr(self.models[model], "config_types", {}).get(task)
+        return declared
+
+    def log_failures(self) -> None:
+        """Log why plugins were left out. Discovery itself runs before logging is set up."""
+        for plugin in self.plugins:
+            if plugin.error is not None:
+                logger.error("The plugin %s.%s is left out: %s\n%s", plugin.kind, plugin.name, plugin.error, plugin.traceback)
+
+    def _modules(self, kind: str) -> dict[str, ModuleType]:
+        return {
+            plugin.name: plugin.module for plugin in self.plugins if plugin.kind == kind and plugin.module is not None
+        }
+
+
+def discover(settings_manager: SettingsManager) -> Registry:
+    """Import and check every plugin on the path, and let it add its settings."""
+    plugins: list[Plugin] = []
+    for kind in KINDS:
+        consumer_types = {plugin.name for plugin in plugins if plugin.kind == "consumers" and plugin.module}
+        for name in _module_names(kind):
+            try:
+                module = importlib.import_module(f"{NAMESPACE}.{kind}.{name}")
+                _check(kind, module, consumer_types)
+                _add_settings(module, settings_manager)
+                plugins.append(Plugin(kind, name, module))
+            except BaseException as error:  # whatever one plugin does, SystemExit included, must not stop the server
+                if isinstance(error, KeyboardInterrupt):
+                    raise
+                words = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
+                plugins.append(Plugin(kind, name, None, words, traceback.format_exc()))
+    return Registry(tuple(sorted(plugins, key=lambda plugin: (plugin.kind, plugin.name))))
+
+
+def _module_names(kind: str) -> Iterator[str]:
+    try:
+        package = importlib.import_module(f"{NAMESPACE}.{kind}")
+    except ModuleNotFoundError:
+        return  # a namespace without a single plugin
+    found = {module.name for module in pkgutil.iter_modules(package.__path__)}
+    yield from sorted(name for name in found if not name.startswith("_"))
+
+
+def _check(kind: str, module: ModuleType, consumer_types: set[str]) -> None:
+    required = _REQUIRED_FUNCTION[kind]
+    if not callable(getattr(module, required, None)):
+        raise PluginError(f"it has no function {required}")
+    if kind == "models":
+        consumer_type = getattr(module, "consumer_type", None)
+        if consumer_type is not None and consumer_type not in consumer_types:
+            known = ", ".join(sorted(consumer_types))
+            raise PluginError(f"its consumer_type {consumer_type!r} is unknown; there are {known}")
+
+
+def _add_settings(module: ModuleType, settings_manager: SettingsManager) -> None:
+    add_settings: Callable[[Any], Any] | None = getattr(module, "add_settings", None)
+    if add_settings is not None:
+        add_settings(settings_manager)

@@ -1,0 +1,197 @@
+"""Settings: named, typed values from the command line, the environment, a ``.env`` file or a default.
+
+The first of these that has a value wins. All values are checked once, by ``SettingsManager.check()``, before the
+server binds anything; afterwards ``Setting.get()`` is a plain look-up that any thread may make.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Generic, TypeVar
+
+from dotenv import dotenv_values
+
+from feature_extraction_server.core.errors import SettingError
+
+T = TypeVar("T", str, int, float, bool)
+
+_BOOLEANS: Final = {"true": True, "1": True, "yes": True, "on": True}
+_BOOLEANS.update({"false": False, "0": False, "no": False, "off": False})
+_KINDS: Final = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def _parse_bool(text: str) -> bool:
+    return _BOOLEANS[text.lower()]
+
+
+def _parse_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return value
+
+
+_PARSERS: Final[dict[type, Callable[[str], Any]]] = {str: str, int: int, float: _parse_float, bool: _parse_bool}
+
+
+@dataclass(eq=False)
+class Setting(Generic[T]):
+    """One setting. ``get()`` gives its value, wherever it is needed.
+
+    ``default`` may be None (no value); ``choices`` limits the values; ``minimum`` bounds a number from below;
+    ``pattern`` is a regular expression that all of a text must match.
+    """
+
+    name: str
+    type: type[T]
+    default: T | None
+    description: str
+    choices: Sequence[T] | None = None
+    minimum: float | None = None
+    pattern: str | None = None
+    _manager: SettingsManager | None = field(default=None, repr=False)
+
+    def get(self) -> Any:
+        """Return the value that is in force (typed as the setting is), or None where there is none.
+
+        Raises:
+            SettingError: the value that was given is not allowed.
+        """
+        assert self._manager is not None
+        return self._manager._value(self)
+
+    def parse(self, text: str) -> T:
+        """Turn a given text into the setting's value.
+
+        Raises:
+            SettingError: naming the setting, the text and what is allowed.
+        """
+        try:
+            value: T = _PARSERS[self.type](text.strip())
+        except (ValueError, KeyError):
+            raise self._not_allowed(text) from None
+        if self.choices is not None and value not in self.choices:
+            raise self._not_allowed(text)
+        if self.minimum is not None and not isinstance(value, str) and value < self.minimum:
+            raise self._not_allowed(text)
+        if self.pattern is not None and not re.fullmatch(self.pattern, text.strip()):
+            raise self._not_allowed(text)
+        return value
+
+    def _not_allowed(self, text: str) -> SettingError:
+        return SettingError(f"{self.name}={text!r} is not allowed: it must be {self.allowed()}")
+
+    def allowed(self) -> str:
+        """Say in words which values are allowed."""
+        if self.choices is not None:
+            return "one of " + ", ".join(map(str, self.choices)) if self.choices else "unset (nothing to choose from)"
+        if self.minimum is not None:
+            return f"{_KINDS[self.type]} of at least {self.minimum:g}"
+        if self.pattern is not None:
+            return f"of the form {self.pattern}"
+        return _KINDS[self.type]
+
+    def same_definition(self, other: Setting[Any]) -> bool:
+        """Tell whether two plugins declare the same setting in the same way."""
+        return (self.type, self.default, self.choices, self.minimum, self.pattern) == (
+            other.type,
+            other.default,
+            other.choices,
+            other.minimum,
+            other.pattern,
+        )
+
+
+class SettingsManager:
+    """All settings of a server and where their values come from.
+
+    Args:
+        environment: the environment's variables; an empty value counts as unset.
+        dotenv_path: the ``.env`` file (need not exist); by default that of the working directory.
+        command_line: values given as command line options, by setting name.
+    """
+
+    def __init__(
+        self,
+        environment: Mapping[str, str] | None = None,
+        dotenv_path: Path | None = None,
+        command_line: Mapping[str, str] | None = None,
+    ) -> None:
+        self._environment = os.environ if environment is None else environment
+        # The working directory is named here: dotenv's own search would start beside the installed module.
+        path = Path.cwd() / ".env" if dotenv_path is None else dotenv_path
+        # Opened here, since dotenv takes a missing file for an empty one, and only a missing one is fine.
+        self._dotenv = dotenv_values(path, interpolate=False) if path.is_file() else {}
+        self._command_line = dict(command_line or {})
+        self._settings: dict[str, Setting[Any]] = {}
+        self._values: dict[str, Any] = {}
+
+    def add_setting(
+        self,
+        *,
+        name: str,
+        type: type[T],  # noqa: A002 - the plugin contract names it so
+        default: T | None,
+        description: str,
+        choices: Sequence[T] | None = None,
+        minimum: float | None = None,
+        pattern: str | None = None,
+    ) -> Setting[T]:
+        """Declare a setting and return it. Declaring the same one again returns the first.
+
+        Raises:
+            ValueError: another plugin declared a different setting of that name, or ``type`` is not supported.
+        """
+        if type not in _PARSERS:
+            raise ValueError(f"setting {name}: type must be str, int, float or bool")
+        if name != name.upper():
+            raise ValueError(f"setting {name}: a setting's name is upper case")
+        setting = Setting(name, type, default, description, choices, minimum, pattern, self)
+        known = self._settings.setdefault(name, setting)
+        if not known.same_definition(setting):
+            raise ValueError(f"setting {name} is already declared differently")
+        return known
+
+    def all(self) -> list[Setting[Any]]:
+        """Return all declared settings, sorted by name."""
+        return [self._settings[name] for name in sorted(self._settings)]
+
+    def check(self) -> None:
+        """Parse every setting.
+
+        Raises:
+            SettingError: the first value that is not allowed.
+        """
+        for setting in self.all():
+            setting.get()
+
+    def read_command_line(self, arguments: Sequence[str], description: str) -> None:
+        """Take options such as ``--log-level DEBUG``; ``--help`` lists all settings. Exits with 2 on a bad option."""
+        parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+        for setting in self.all():
+            default = "none" if setting.default is None else setting.default
+            text = f"{setting.description} ({setting.allowed()}; default: {default})"
+            option = "--" + setting.name.lower().replace("_", "-")
+            parser.add_argument(option, dest=setting.name, metavar="VALUE", help=text.replace("%", "%%"))
+        given = vars(parser.parse_args(arguments))
+        self._command_line.update({name: value for name, value in given.items() if value is not None})
+        self._values.clear()
+
+    def _value(self, setting: Setting[Any]) -> Any:
+        if setting.name not in self._values:
+            text = self._given(setting.name)
+            self._values[setting.name] = setting.default if text is None else setting.parse(text)
+        return self._values[setting.name]
+
+    def _given(self, name: str) -> str | None:
+        for source in (self._command_line, self._environment, self._dotenv):
+            text = source.get(name)
+            if text is not None and text.strip():
+                return text
+        return None

@@ -1,0 +1,303 @@
+"""The declarative task: its inputs and its output, from which validation, batching and the JSON schema follow.
+
+A task plugin is a few lines:
+
+    task = TaskSpec(
+        description="Text captions that describe the visual content of an image.",
+        inputs={"image": ImageField("The image that needs captioning"), "config": ConfigField()},
+        output=list[str],
+    )
+    wrap = task.wrap
+
+``wrap(func)`` gives the task's public function. It takes the request body's keys as keyword arguments, decodes them on
+the calling thread, calls ``func`` once with a list for every batch field, and gives one checked, JSON-ready result, or
+a list of them in batch mode.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Any, ClassVar, Final
+
+from pydantic import Field as PydanticField
+from pydantic import TypeAdapter, ValidationError
+
+from feature_extraction_server.core import media
+from feature_extraction_server.core.errors import InvalidInput, ModelError, TooLarge
+
+FiniteFloat = Annotated[float, PydanticField(allow_inf_nan=False)]
+Probability = Annotated[float, PydanticField(ge=0, le=1)]
+
+JsonSchema = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for: pixels an image, seconds a recording, items a list."""
+
+    max_image_pixels: int = 178_956_970
+    max_audio_seconds: float = 14_400
+    max_items: int = 1024
+
+
+@dataclass(frozen=True)
+class InputField:
+    """One key of a task's input.
+
+    A ``batch`` field takes one value or a list of them; any other is sent once for the whole request.
+    """
+
+    description: str
+    required: bool = True
+    batch: ClassVar[bool] = True
+    schema: ClassVar[JsonSchema] = {}
+
+    def decode(self, value: Any, field: str, limits: Limits) -> Any:
+        """Turn one JSON value into what the model receives.
+
+        Raises:
+            InvalidInput: the value does not fit; the error names ``field``.
+        """
+        raise NotImplementedError
+
+
+class TextField(InputField):
+    """A text; the model receives a ``str``."""
+
+    schema: ClassVar[JsonSchema] = {"type": "string"}
+
+    def decode(self, value: Any, field: str, limits: Limits) -> str:
+        return _text(value, field)
+
+
+class ImageField(InputField):
+    """A base64 image; the model receives an RGB ``PIL.Image.Image``."""
+
+    schema: ClassVar[JsonSchema] = {
+        "type": "string",
+        "contentEncoding": "base64",
+        "contentMediaType": "image/*",
+        "description": "An image file in base64, optionally with a data URL prefix",
+    }
+
+    def decode(self, value: Any, field: str, limits: Limits) -> Any:
+        return media.decode_image(_text(value, field), field, limits.max_image_pixels)
+
+
+class AudioField(InputField):
+    """A base64 recording; the model receives a ``media.Audio``."""
+
+    schema: ClassVar[JsonSchema] = {
+        "type": "string",
+        "contentEncoding": "base64",
+        "contentMediaType": "audio/*",
+        "description": "An audio file in base64, optionally with a data URL prefix",
+    }
+
+    def decode(self, value: Any, field: str, limits: Limits) -> media.Audio:
+        return media.decode_audio(_text(value, field), field, limits.max_audio_seconds)
+
+
+class StringListField(InputField):
+    """A list of at least one string, the same for every item of the request."""
+
+    batch: ClassVar[bool] = False
+    schema: ClassVar[JsonSchema] = {"type": "array", "items": {"type": "string"}, "minItems": 1}
+
+    def decode(self, value: Any, field: str, limits: Limits) -> list[str]:
+        if not isinstance(value, list):
+            raise InvalidInput(f"{field} must be a list of strings, not {_kind(value)}", field=field)
+        if not value:
+            raise InvalidInput(f"{field} is empty: it must hold at least one string", field=field)
+        _check_length(value, field, limits)
+        return [_text(element, f"{field}[{index}]") for index, element in enumerate(value)]
+
+
+@dataclass(frozen=True)
+class ConfigField(InputField):
+    """Arguments of the model's own, the same for every item of the request. Absent and null mean none."""
+
+    description: str = "Any additional arguments (depending on the model)"
+    required: bool = False
+    batch: ClassVar[bool] = False
+    schema: ClassVar[JsonSchema] = {"type": ["object", "null"]}
+
+    def decode(self, value: Any, field: str, limits: Limits) -> dict[str, Any]:
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            raise InvalidInput(f"{field} must be an object, not {_kind(value)}", field=field)
+        return value
+
+
+class TaskSpec:
+    """A task's input/output specification.
+
+    Args:
+        description: what the task does, for people.
+        inputs: the input's keys. A key ``config`` reaches the model as a dict, empty where the client sent none.
+        output: the type of one item's result, as pydantic reads it (``list[str]``, a ``TypedDict``).
+        postprocess: ``postprocess(result, inputs)`` gives the item's final result from the model's and the item's own
+            decoded inputs; it raises ValueError where the model broke the task's promise.
+    """
+
+    def __init__(
+        self,
+        *,
+        description: str,
+        inputs: Mapping[str, InputField],
+        output: Any,
+        postprocess: Callable[[Any, dict[str, Any]], Any] | None = None,
+    ) -> None:
+        self.description: Final = description
+        self.inputs: Final = dict(inputs)
+        self.output: Final = output
+        self.batch_fields: Final = tuple(key for key, field in self.inputs.items() if field.batch)
+        self._postprocess = postprocess
+        if not self.batch_fields:
+            raise ValueError("a task needs at least one batch field")
+
+    @cached_property
+    def _output_adapter(self) -> TypeAdapter[Any]:
+        # Made on first use: building one costs milliseconds, which start-up need not pay for every task.
+        return TypeAdapter(self.output)
+
+    def wrap(self, func: Callable[..., list[Any]]) -> Callable[..., Any]:
+        """Turn a model's batch function into the task's public function.
+
+        ``func`` may carry an attribute ``limits``. The public function raises InvalidInput or TooLarge for what the
+        client got wrong, ModelError where ``func`` broke the task's contract, and whatever ``func`` raises.
+        """
+        limits = getattr(func, "limits", Limits())
+
+        def run(**payload: Any) -> Any:
+            self._check_keys(payload)
+            arguments = self._decode(payload, limits)
+            if not is_batch(self, payload):
+                (result,) = self._finish(func(**arguments), arguments, 1)
+                return result
+            n_items = len(arguments[self.batch_fields[0]])
+            return self._finish(func(**arguments), arguments, n_items) if n_items else []
+
+        return run
+
+    def input_schema(self) -> JsonSchema:
+        """Return the JSON schema of the request body."""
+        properties = {key: self._field_schema(field) for key, field in self.inputs.items()}
+        required = [key for key, field in self.inputs.items() if field.required]
+        return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+    def output_schema(self) -> JsonSchema:
+        """Return the JSON schema of the answer: one result, or a list of them in batch mode."""
+        one = self._output_adapter.json_schema(mode="serialization")
+        definitions = one.pop("$defs", None)
+        schema: JsonSchema = {"anyOf": [one, {"type": "array", "items": one}]}
+        return schema | ({"$defs": definitions} if definitions else {})
+
+    def _field_schema(self, field: InputField) -> JsonSchema:
+        one = {"description": field.description} | field.schema
+        return {"anyOf": [one, {"type": "array", "items": one}]} if field.batch else one
+
+    def _check_keys(self, payload: Mapping[str, Any]) -> None:
+        for key in payload:
+            if key not in self.inputs:
+                known = ", ".join(self.inputs)
+                raise InvalidInput(f"unknown key {_shorten(key)!r}: this task takes {known}", field=_shorten(key))
+        for key, field in self.inputs.items():
+            if field.required and payload.get(key) is None:
+                raise InvalidInput(f"the key {key!r} is missing: {field.description}", field=key)
+
+    def _decode(self, payload: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
+        """Decode every field; batch fields become lists of one length (a single value stands for all items)."""
+        n_items = self._count_items(payload, limits)
+        arguments: dict[str, Any] = {}
+        for key, field in self.inputs.items():
+            value = payload.get(key)
+            if value is None and not isinstance(field, ConfigField):
+                continue
+            if not field.batch:
+                arguments[key] = field.decode(value, key, limits)
+            elif isinstance(value, list):
+                arguments[key] = [field.decode(item, f"{key}[{i}]", limits) for i, item in enumerate(value)]
+            else:
+                arguments[key] = [field.decode(value, key, limits)] * n_items
+        return arguments
+
+    def _count_items(self, payload: Mapping[str, Any], limits: Limits) -> int:
+        lists = {key: payload[key] for key in self.batch_fields if isinstance(payload.get(key), list)}
+        for key, value in lists.items():
+            _check_length(value, key, limits)
+        lengths = {key: len(value) for key, value in lists.items()}
+        if len(set(lengths.values())) > 1:
+            stated = ", ".join(f"{key} has {length}" for key, length in lengths.items())
+            raise InvalidInput(f"lists of one request must be equally long: {stated}", field=list(lengths)[-1])
+        return next(iter(lengths.values()), 1)
+
+    def _finish(self, results: list[Any], arguments: dict[str, Any], n_items: int) -> list[Any]:
+        if len(results) != n_items:
+            raise ModelError(f"the model gave {len(results)} results for {n_items} items")
+        return [self._finish_item(result, arguments, index) for index, result in enumerate(results)]
+
+    def _finish_item(self, result: Any, arguments: dict[str, Any], index: int) -> Any:
+        try:
+            checked = self._output_adapter.validate_python(_plain(result))
+            if self._postprocess is None:
+                return checked
+            item = {key: value[index] if self.inputs[key].batch else value for key, value in arguments.items()}
+            return self._postprocess(checked, item)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            place = "".join(f"[{part}]" for part in first["loc"])
+            raise ModelError(f"the model's result breaks the task's contract: result{place}: {first['msg']}") from None
+        except ValueError as error:
+            raise ModelError(f"the model's result breaks the task's contract: {error}") from None
+
+
+def is_batch(task: TaskSpec, payload: Mapping[str, Any]) -> bool:
+    """Tell whether a request is in batch mode: a list in any batch field."""
+    return any(isinstance(payload.get(key), list) for key in task.batch_fields)
+
+
+def batch_key(arguments: Mapping[str, Any]) -> str:
+    """Return a text that is equal for jobs whose non-batch arguments are (1, 1.0 and true are three different ones)."""
+    return json.dumps(arguments, sort_keys=True, default=repr)
+
+
+def _text(value: Any, field: str) -> str:
+    if not isinstance(value, str):
+        raise InvalidInput(f"{field} must be a string, not {_kind(value)}", field=field)
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # JSON can spell half a surrogate pair, tokenizers and decoders choke on it
+        raise InvalidInput(f"{field} holds an unpaired surrogate, which is no text", field=field) from None
+    return value
+
+
+def _check_length(value: list[Any], field: str, limits: Limits) -> None:
+    if len(value) > limits.max_items:
+        raise TooLarge(
+            f"{field} holds {len(value)} items; at most {limits.max_items} are allowed (MAX_ITEMS)", field=field
+        )
+
+
+def _kind(value: Any) -> str:
+    names = {type(None): "null", bool: "a boolean", str: "a string", list: "a list", dict: "an object"}
+    return names.get(type(value), "a number")
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 40 else text[:40] + "..."
+
+
+def _plain(value: Any) -> Any:
+    """Turn arrays, tensors and their scalars, wherever they stand in a result, into Python numbers and lists."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {key: _plain(element) for key, element in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(element) for element in value]
+    return value

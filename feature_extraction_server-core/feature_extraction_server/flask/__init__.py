@@ -1,0 +1,1 @@
+"""HTTP: the Flask app, and the ways to serve it."""

@@ -1,0 +1,197 @@
+"""Fixtures: engines and apps in this process, servers in processes of their own, and plugins made for one test."""
+
+from __future__ import annotations
+
+import base64
+import importlib
+import io
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import requests
+from flask.testing import FlaskClient
+from PIL import Image
+
+from dev_server import ROOT, SOURCES
+
+FAKES = ROOT / "tests" / "fakes"
+PLUGIN_PATH = [str(folder) for folder in (*SOURCES, FAKES)]
+sys.path[:0] = [folder for folder in PLUGIN_PATH if folder not in sys.path]
+
+from feature_extraction_server.core.engine import Engine  # noqa: E402 - the path is set above
+from feature_extraction_server.core.settings import SettingsManager  # noqa: E402
+from feature_extraction_server.flask.app import create_app  # noqa: E402
+from feature_extraction_server.flask.server import build_engine  # noqa: E402
+
+START_TIMEOUT_S = 60
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Fail a test that leaves a consumer thread or a child process."""
+    yield
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        threads = [thread.name for thread in threading.enumerate() if thread.name.startswith("consumer-")]
+        children = [child for child in psutil.Process().children(recursive=True) if child.status() != "zombie"]
+        if not threads and not children:
+            return
+        time.sleep(0.01)
+    pytest.fail(f"left behind: threads {threads}, processes {children}")
+
+
+@pytest.fixture
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str, str, str], None]]:
+    """``plugin(kind, name, source)`` makes a plugin module that can be discovered until the test ends."""
+    folder = tmp_path / "plugins"
+    made: list[str] = []
+    monkeypatch.syspath_prepend(str(folder))
+
+    def make(kind: str, name: str, source: str) -> None:
+        path = folder / "feature_extraction_server" / kind / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+        made.append(f"feature_extraction_server.{kind}.{name}")
+        importlib.invalidate_caches()
+
+    yield make
+    for name in made:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def build(tmp_path: Path) -> Iterator[Callable[..., Engine]]:
+    """``build(SETTING=value, ...)`` makes an engine over all plugins and the fakes; it is closed after the test."""
+    engines: list[Engine] = []
+
+    def make(**environment: str) -> Engine:
+        environment = {"LOG_PATH": str(tmp_path / "log.txt"), "STOP_GRACE_PERIOD": "5"} | environment
+        engines.append(build_engine(SettingsManager(environment, tmp_path / ".env")))
+        return engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+@pytest.fixture
+def engine(build: Callable[..., Engine]) -> Engine:
+    return build()
+
+
+@pytest.fixture
+def client(engine: Engine) -> FlaskClient:
+    """A client of the app in this process, with the default settings."""
+    return create_app(engine).test_client()
+
+
+class Server:
+    """A real server process: ``url`` is where it answers, ``log()`` what it printed."""
+
+    def __init__(self, command: list[str], port: int, folder: Path, environment: dict[str, str]) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self._log = folder / f"server-{port}.log"
+        self._file = self._log.open("wb")
+        self.process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=self._file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+        )
+
+    def wait_until_ready(self) -> Server:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                if requests.get(f"{self.url}/api/tasks/list", timeout=5).ok:
+                    return self
+            except requests.RequestException:
+                time.sleep(0.02)
+        raise AssertionError(f"the server did not come up (exit status {self.process.poll()}):\n{self.log()}")
+
+    def post(self, path: str, json: Any, timeout: float = 60) -> requests.Response:
+        return requests.post(self.url + path, json=json, timeout=timeout)
+
+    def get(self, path: str, timeout: float = 60) -> requests.Response:
+        return requests.get(self.url + path, timeout=timeout)
+
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def stop(self) -> int:
+        """End the server as an operator does, and return its exit status."""
+        self.process.terminate()
+        try:
+            return self.process.wait(30)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            raise AssertionError(f"the server did not end on SIGTERM:\n{self.log()}") from None
+        finally:
+            self._file.close()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def server_environment(folder: Path, **settings: str) -> dict[str, str]:
+    """Return a process's environment: all plugins and the fakes on its path, its log in ``folder``."""
+    inherited = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    own = {"PYTHONPATH": os.pathsep.join(PLUGIN_PATH), "LOG_PATH": str(folder / "log.txt"), "HF_HUB_OFFLINE": "1"}
+    return inherited | own | settings
+
+
+@pytest.fixture
+def gunicorn(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """``gunicorn(*arguments, SETTING=value, ...)`` starts a real gunicorn and returns it when it answers."""
+    servers: list[Server] = []
+
+    def start(*arguments: str, **settings: str) -> Server:
+        port = free_port()
+        target = "feature_extraction_server.flask.entrypoint:entrypoint()"
+        command = [sys.executable, "-m", "gunicorn", "-b", f"127.0.0.1:{port}", *arguments, target]
+        servers.append(Server(command, port, tmp_path, server_environment(tmp_path, **settings)))
+        return servers[-1].wait_until_ready()
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture
+def dev_server(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """``dev_server(*options, SETTING=value, ...)`` starts ``dev_server.py`` and returns it when it answers."""
+    servers: list[Server] = []
+
+    def start(*options: str, **settings: str) -> Server:
+        port = free_port()
+        command = [sys.executable, str(ROOT / "dev_server.py"), "--host", "127.0.0.1", "--port", str(port), *options]
+        servers.append(Server(command, port, tmp_path, server_environment(tmp_path, **settings)))
+        return servers[-1].wait_until_ready()
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+def encode_image(image: Image.Image, format: str = "PNG", **options: Any) -> str:
+    """Return a picture as the base64 of a file."""
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+@pytest.fixture
+def picture() -> str:
+    """A valid request image: 40 x 30 pixels of red, as base64 PNG."""
+    return encode_image(Image.new("RGB", (40, 30), "red"))
