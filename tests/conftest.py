@@ -29,8 +29,8 @@ sys.path[:0] = [folder for folder in PLUGIN_PATH if folder not in sys.path]
 
 from feature_extraction_server.core.engine import Engine  # noqa: E402 - the path is set above
 from feature_extraction_server.core.settings import SettingsManager  # noqa: E402
+from feature_extraction_server.core.setup import build_engine  # noqa: E402
 from feature_extraction_server.flask.app import create_app  # noqa: E402
-from feature_extraction_server.flask.server import build_engine  # noqa: E402
 
 START_TIMEOUT_S = 60
 

@@ -51,9 +51,7 @@ class GenerationConfig(Config):
     @model_validator(mode="after")
     def _fits_together(self) -> GenerationConfig:
         if self.num_return_sequences > self.num_beams and not self.do_sample:
-            raise ValueError(
-                "num_return_sequences may not exceed num_beams (1 by default) unless do_sample is true"
-            )
+            raise ValueError("num_return_sequences may not exceed num_beams (1 by default) unless do_sample is true")
         for shortest, longest in (("min_new_tokens", "max_new_tokens"), ("min_length", "max_length")):
             low, high = getattr(self, shortest), getattr(self, longest)
             if low is not None and high is not None and low > high:

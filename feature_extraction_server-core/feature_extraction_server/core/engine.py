@@ -56,6 +56,7 @@ class Engine(ApplicationInterface):
                 self._models[name].start()
 
     def close(self) -> None:
+        """Stop all models; who still runs after the grace period is left to the process's end."""
         for model in self._models.values():
             model.stop()
         give_up_at = time.monotonic() + self.settings.model_options().stop_grace_period

@@ -10,8 +10,10 @@ import base64
 import binascii
 import io
 import re
+import urllib.parse
+import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -21,8 +23,9 @@ if TYPE_CHECKING:
     import numpy as np
     import soundfile
 
-# MAX_IMAGE_PIXELS is checked against the header's size before anything is decoded; Pillow's own, fixed limit is off.
-Image.MAX_IMAGE_PIXELS = None
+# Pillow warns of a client's odd file on the server's standard error, and remembers each text that it warned with.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 # EPS is left out: Pillow would hand the client's PostScript to an external interpreter.
 _REFUSED_FORMATS: Final = frozenset({"EPS"})
@@ -60,16 +63,14 @@ def decode_base64(text: str, field: str) -> bytes:
     Raises:
         InvalidInput: the text is empty or not base64; the error names ``field``.
     """
-    if text[:5].lower() == "data:":
-        match = _DATA_URL.match(text)
-        if match is None or ";base64" not in match[2].lower().replace(" ", ""):
-            raise InvalidInput(f"{field} is a data URL that does not start with 'data:<type>;base64,'", field=field)
-        text = text[match.end() :]
+    text = text.lstrip()
     try:
+        if text[:5].lower() == "data:":
+            text = _data_of_url(text, field)
         encoded = text.encode("ascii").translate(_URL_SAFE, delete=_WHITE_SPACE).rstrip(b"=")
         # One character more than a multiple of four encodes nothing: b64decode refuses it.
         data = base64.b64decode(encoded + b"=" * (-len(encoded) % 4), validate=True)
-    except (UnicodeEncodeError, binascii.Error):
+    except (UnicodeError, binascii.Error):
         raise InvalidInput(
             f"{field} is not valid base64: encode the file's bytes as base64, with or without a data URL prefix",
             field=field,
@@ -77,6 +78,14 @@ def decode_base64(text: str, field: str) -> bytes:
     if not data:
         raise InvalidInput(f"{field} is empty: send a file's bytes as base64", field=field)
     return data
+
+
+def _data_of_url(url: str, field: str) -> str:
+    match = _DATA_URL.match(url)
+    if match is None or ";base64" not in match[2].lower().replace(" ", ""):
+        raise InvalidInput(f"{field} is a data URL that does not start with 'data:<type>;base64,'", field=field)
+    data = url[match.end() :]
+    return urllib.parse.unquote(data, errors="strict") if "%" in data else data
 
 
 def decode_image(text: str, field: str, max_pixels: int) -> Image.Image:
@@ -90,26 +99,30 @@ def decode_image(text: str, field: str, max_pixels: int) -> Image.Image:
         TooLarge: more than ``max_pixels`` pixels (found out before decoding).
     """
     data = decode_base64(text, field)
+    # Some formats (icons) decode a picture within the file as soon as they are opened: Pillow's own limit is for those.
+    Image.MAX_IMAGE_PIXELS = max_pixels
     try:
         image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
         raise InvalidInput(f"{field} is not an image of a known format", field=field) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise _too_many_pixels(field, "too many", max_pixels) from None
     except Exception as error:  # Pillow's parsers meet hostile bytes with errors of many types
         raise InvalidInput(f"{field} is a damaged image: {_reason(error)}", field=field) from None
     if image.format in _REFUSED_FORMATS:
         raise InvalidInput(f"{field} is an image of the format {image.format}, which is not accepted", field=field)
     n_pixels = image.width * image.height
     if n_pixels > max_pixels:
-        raise TooLarge(
-            f"{field} has {image.width} x {image.height} = {n_pixels} pixels; "
-            f"at most {max_pixels} are allowed (MAX_IMAGE_PIXELS)",
-            field=field,
-        )
+        raise _too_many_pixels(field, f"{image.width} x {image.height} = {n_pixels}", max_pixels)
     try:
         image.load()
         return _to_rgb(_upright(image))
     except Exception as error:  # as above
         raise InvalidInput(f"{field} is a damaged image: {_reason(error)}", field=field) from None
+
+
+def _too_many_pixels(field: str, found: str, allowed: int) -> TooLarge:
+    return TooLarge(f"{field} has {found} pixels; at most {allowed} are allowed (MAX_IMAGE_PIXELS)", field=field)
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -135,8 +148,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 def _to_8_bit_grey(image: Image.Image) -> Image.Image:
     """Scale 16-bit (or 32-bit) grey to 8 bits; Pillow's own conversion would clip it to white."""
     image = image.convert("I")
-    lowest, highest = image.getextrema()
-    full_scale = 65535 if 0 <= lowest and highest <= 65535 else 2**31 - 1
+    lowest, highest = cast("tuple[int, int]", image.getextrema())
+    full_scale = 65535 if lowest >= 0 and highest <= 65535 else 2**31 - 1
     return image.point(lambda value: value * (255 / full_scale) + 0.5).convert("L")
 
 
@@ -163,14 +176,13 @@ def decode_audio(text: str, field: str, max_seconds: float) -> Audio:
     return Audio(samples, sampling_rate)
 
 
-def _read_mono(
-    file: soundfile.SoundFile, field: str, max_seconds: float
-) -> np.ndarray[Any, np.dtype[np.float32]]:
+def _read_mono(file: soundfile.SoundFile, field: str, max_seconds: float) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Read block by block, since a header may lie about the length, and channels would multiply the memory."""
     import numpy as np
 
     max_frames = int(max_seconds * file.samplerate)
-    blocks: list[np.ndarray[Any, np.dtype[np.float32]]] = []
+    # Grows in place, where joining a list of blocks would need the memory twice.
+    samples = bytearray()
     n_frames = 0
     while len(block := file.read(_AUDIO_BLOCK_FRAMES, dtype="float32", always_2d=True)):
         n_frames += len(block)
@@ -181,8 +193,8 @@ def _read_mono(
             )
         if not np.isfinite(block).all():
             raise InvalidInput(f"{field} is a recording with samples that are not finite numbers", field=field)
-        blocks.append(np.clip(block.mean(axis=1), -1, 1))
-    return np.concatenate(blocks) if blocks else np.empty(0, np.float32)
+        samples += memoryview(np.clip(block.mean(axis=1), -1, 1))
+    return np.frombuffer(samples, np.float32)
 
 
 def _reason(error: Exception) -> str:

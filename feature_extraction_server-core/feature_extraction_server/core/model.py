@@ -10,10 +10,12 @@ from __future__ import annotations
 import ctypes
 import gc
 import logging
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from types import ModuleType
@@ -273,7 +275,8 @@ class Model:
         raise DeadlineExceeded(f"the model {self.name} is still {self._state} (REQUEST_TIMEOUT)")
 
     def status(self) -> dict[str, Any]:
-        """Return the model's state as a JSON-ready dict; ``load_seconds`` is how long its last load took."""
+        """Return the model's state as a JSON-ready dict; ``load_seconds`` is how long its last
+        load took, ``pid`` the engine's process."""
         self.notice_dead_consumer()
         with self._changed:
             n_waiting = len(self._run.queue) if self._run else 0
@@ -286,6 +289,7 @@ class Model:
                 "running_jobs": max(0, n_accepted - n_waiting),
                 "consumer_type": self.consumer_type,
                 "load_seconds": self._load_seconds,
+                "pid": os.getpid(),
             }
 
     def join(self, timeout: float) -> None:
@@ -446,7 +450,5 @@ def _release_memory() -> None:
     if torch is not None and torch.cuda.is_available():
         torch.cuda.empty_cache()
     if sys.platform == "linux":
-        try:
+        with suppress(OSError, AttributeError):  # a C library other than glibc
             ctypes.CDLL(None).malloc_trim(0)
-        except (OSError, AttributeError):
-            pass  # a C library other than glibc

@@ -9,7 +9,7 @@ import importlib
 import logging
 import pkgutil
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
@@ -49,7 +49,7 @@ class PluginError(Exception):
 
 @dataclass(frozen=True)
 class Registry:
-    """All plugins by kind and name. It does not change after discovery."""
+    """All plugins by kind and name. It does not change; ``leave_out`` gives another one."""
 
     plugins: tuple[Plugin, ...]
 
@@ -96,11 +96,18 @@ class Registry:
         declared: type[Config] | None = getattr(self.models[model], "config_types", {}).get(task)
         return declared
 
+    def leave_out(self, kind: str, name: str, reason: str) -> Registry:
+        """Return the registry without a plugin that proved broken after discovery."""
+        broken = Plugin(kind, name, None, reason)
+        return Registry(tuple(broken if (p.kind, p.name) == (kind, name) else p for p in self.plugins))
+
     def log_failures(self) -> None:
         """Log why plugins were left out. Discovery itself runs before logging is set up."""
         for plugin in self.plugins:
             if plugin.error is not None:
-                logger.error("The plugin %s.%s is left out: %s\n%s", plugin.kind, plugin.name, plugin.error, plugin.traceback)
+                logger.error(
+                    "The plugin %s.%s is left out: %s\n%s", plugin.kind, plugin.name, plugin.error, plugin.traceback
+                )
 
     def _modules(self, kind: str) -> dict[str, ModuleType]:
         return {
@@ -108,10 +115,10 @@ class Registry:
         }
 
 
-def discover(settings_manager: SettingsManager) -> Registry:
-    """Import and check every plugin on the path, and let it add its settings."""
+def discover(settings_manager: SettingsManager, kinds: Sequence[str] = KINDS) -> Registry:
+    """Import and check every plugin on the path of some kinds, and let it add its settings."""
     plugins: list[Plugin] = []
-    for kind in KINDS:
+    for kind in kinds:
         consumer_types = {plugin.name for plugin in plugins if plugin.kind == "consumers" and plugin.module}
         for name in _module_names(kind):
             try:

@@ -136,7 +136,7 @@ class SettingsManager:
         self,
         *,
         name: str,
-        type: type[T],  # noqa: A002 - the plugin contract names it so
+        type: type[T],
         default: T | None,
         description: str,
         choices: Sequence[T] | None = None,

@@ -11,8 +11,8 @@ from typing import NoReturn
 from werkzeug.serving import make_server
 
 from feature_extraction_server.core.settings import SettingsManager
+from feature_extraction_server.core.setup import build_engine
 from feature_extraction_server.flask.app import create_app
-from feature_extraction_server.flask.server import build_engine
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -25,7 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name="PORT", type=int, default=5000, minimum=0, description="Its port; 0 takes a free one"
     )
     given = sys.argv[1:] if arguments is None else arguments
-    engine = build_engine(settings, lambda settings: settings.read_command_line(given, "Feature Extraction Server"))
+    engine = build_engine(
+        settings, configure=lambda settings: settings.read_command_line(given, "Feature Extraction Server")
+    )
     app = create_app(engine)
     try:
         server = make_server(host.get(), port.get(), app, threaded=True)

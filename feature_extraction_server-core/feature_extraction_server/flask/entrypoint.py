@@ -3,19 +3,36 @@
 from __future__ import annotations
 
 import atexit
+import os
+import sys
 
 from flask import Flask
 
+from feature_extraction_server.core.engine_client import EngineClient
 from feature_extraction_server.core.settings import SettingsManager
+from feature_extraction_server.core.setup import set_up
 from feature_extraction_server.flask.app import create_app
-from feature_extraction_server.flask.server import build_engine
 
 
 def entrypoint() -> Flask:
     """Return the WSGI app. Settings come from the environment and ``.env``.
 
-    Starts no thread and no model, so that it may be called before the workers are forked (``--preload``).
+    The models live in an engine process, one for all workers of a gunicorn, with and without ``--preload``. No
+    thread is started here, since it would not outlive the fork of the workers.
     """
-    engine = build_engine(SettingsManager())
+    registry, settings, _ = set_up(SettingsManager())
+    in_worker = _called_by_gunicorn_worker()
+    engine = EngineClient(registry, settings, owner_pid=os.getppid() if in_worker else os.getpid())
     atexit.register(engine.close)
+    engine.preload()
     return create_app(engine)
+
+
+def _called_by_gunicorn_worker() -> bool:
+    """Tell whether a worker loads the app for itself (no ``--preload``), so that the master is its parent."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_globals.get("__name__", "").startswith("gunicorn.workers"):
+            return True
+    return False

@@ -1,28 +1,34 @@
-"""Putting a server together, in the order that everything depends on: settings, plugins, logging, engine."""
+"""Putting a server together, in the order that everything depends on: settings, plugins, their check, logging."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from feature_extraction_server.core.engine import Engine
 from feature_extraction_server.core.errors import SettingError
 from feature_extraction_server.core.logs import LogServer
-from feature_extraction_server.core.plugins import discover
+from feature_extraction_server.core.plugins import KINDS, Registry, discover
 from feature_extraction_server.core.server_settings import ServerSettings
 from feature_extraction_server.core.settings import SettingsManager
 
 
-def build_engine(settings: SettingsManager, configure: Callable[[SettingsManager], None] | None = None) -> Engine:
-    """Discover the plugins and make the engine over them.
+def set_up(
+    settings: SettingsManager,
+    *,
+    kinds: Sequence[str] = KINDS,
+    configure: Callable[[SettingsManager], None] | None = None,
+) -> tuple[Registry, ServerSettings, LogServer]:
+    """Discover the plugins, check all settings and start logging.
 
     Args:
+        kinds: which kinds of plugins this process needs.
         configure: called when all settings are declared, before any is read (the dev server's command line).
 
     Exits with status 2 and one line on standard error where a setting's value is not allowed.
     """
     log_server = LogServer(settings)
-    registry = discover(settings)
+    registry = discover(settings, kinds)
     server_settings = ServerSettings(settings, registry)
     if configure is not None:
         configure(settings)
@@ -34,4 +40,14 @@ def build_engine(settings: SettingsManager, configure: Callable[[SettingsManager
         sys.stderr.write(f"feature_extraction_server: {error}\n")
         raise SystemExit(2) from None
     registry.log_failures()
-    return Engine(registry, server_settings, log_server)
+    return registry, server_settings, log_server
+
+
+def build_engine(
+    settings: SettingsManager,
+    *,
+    kinds: Sequence[str] = KINDS,
+    configure: Callable[[SettingsManager], None] | None = None,
+) -> Engine:
+    """Set up as ``set_up`` does and make an engine in this process."""
+    return Engine(*set_up(settings, kinds=kinds, configure=configure))

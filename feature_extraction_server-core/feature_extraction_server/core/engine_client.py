@@ -1,0 +1,198 @@
+"""The engine from a web worker's side: the application interface over an engine in a process of its own.
+
+All web workers of one server share one engine process (``engine_process``). They meet in a private directory, which
+holds the engine's socket; the first worker that needs the engine starts it, under a file lock. The directory belongs
+to the *owner*, the process whose end is the server's end: the engine goes when the owner has gone.
+
+Messages are pickled ``multiprocessing`` messages. That is safe since only this user can enter the directory.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from multiprocessing.connection import Client, Connection
+from pathlib import Path
+from typing import Any, Final
+
+from feature_extraction_server.core.application import ApplicationInterface
+from feature_extraction_server.core.errors import DeadlineExceeded, ModelUnavailable
+from feature_extraction_server.core.jobs import Job
+from feature_extraction_server.core.plugins import Registry
+from feature_extraction_server.core.server_settings import ServerSettings
+
+logger = logging.getLogger(__name__)
+
+ENGINE_MODULE: Final = "feature_extraction_server.core.engine_process"
+START_TIMEOUT_S: Final = 60.0
+# The engine keeps deadlines itself; the client steps in only where the engine cannot, its GIL being held, say.
+DEADLINE_MARGIN_S: Final = 0.05
+
+
+class EngineClient(ApplicationInterface):
+    """The application interface over the engine process that this server's web workers share.
+
+    Args:
+        owner_pid: the process whose end is the server's end: this one, or the master that started this worker.
+    """
+
+    def __init__(self, registry: Registry, settings: ServerSettings, owner_pid: int) -> None:
+        super().__init__(registry, settings)
+        self._owner_pid = owner_pid
+        self._directory = private_directory(owner_pid)
+        self._idle: list[Connection[Any, Any]] = []
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        # A forked worker must not share its parent's connections.
+        os.register_at_fork(after_in_child=self._forget_connections)
+
+    def call(self, model: str, job: Job, deadline: float) -> Any:
+        request = ("call", model, job.task, job.batched | job.shared, tuple(job.batched), job.positional, deadline)
+        return self._ask(request, deadline)
+
+    def start(self, model: str, *, wait: bool = False) -> None:
+        self.require_model(model)
+        self._ask(("start", model, wait))
+
+    def stop(self, model: str, *, wait: bool = False) -> None:
+        self.require_model(model)
+        self._ask(("stop", model, wait))
+
+    def status(self, model: str) -> dict[str, Any]:
+        self.require_model(model)
+        status: dict[str, Any] = self._ask(("status", model))
+        return status
+
+    def preload(self) -> None:
+        """Start the engine if there is something to preload, which the engine does as soon as it runs."""
+        if self.settings.preload_models():
+            with self._connection():
+                pass
+
+    def close(self) -> None:
+        """End the engine, if it runs, and wait until it is gone. Only the owner's close does anything."""
+        if os.getpid() != self._owner_pid:
+            return
+        with suppress(OSError, EOFError):
+            connection = self._connect()
+            connection.send(("shutdown",))
+            connection.poll(START_TIMEOUT_S)  # until it closes the connection by its end
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _ask(self, request: tuple[Any, ...], deadline: float | None = None) -> Any:
+        if deadline is None:
+            deadline = time.monotonic() + self.settings.request_timeout.get()
+        with self._connection() as connection:
+            connection.send(request)
+            if not connection.poll(max(0, deadline - time.monotonic()) + DEADLINE_MARGIN_S):
+                raise DeadlineExceeded("the engine gave no answer in time (REQUEST_TIMEOUT)")
+            succeeded, answer = connection.recv()
+        if not succeeded:
+            raise answer
+        return answer
+
+    @contextmanager
+    def _connection(self) -> Iterator[Connection[Any, Any]]:
+        """Lend a connection for one question and its answer; one that broke or still owes an answer is closed."""
+        connection = self._take_idle() or self._start_or_connect()
+        try:
+            yield connection
+        except (OSError, EOFError):
+            connection.close()
+            logger.error("The engine process ended while a request was with it")
+            raise ModelUnavailable(
+                "the engine process, which runs the models, ended while it worked on the request"
+            ) from None
+        except BaseException:
+            connection.close()
+            raise
+        with self._lock:
+            self._idle.append(connection)
+
+    def _take_idle(self) -> Connection[Any, Any] | None:
+        with self._lock:
+            while self._idle:
+                connection = self._idle.pop()
+                if not connection.poll(0):
+                    return connection
+                connection.close()  # nothing was asked, so that what can be read is the end of a dead engine
+        return None
+
+    def _connect(self) -> Connection[Any, Any]:
+        return Client(str(self._directory / "engine"), family="AF_UNIX")
+
+    def _start_or_connect(self) -> Connection[Any, Any]:
+        with suppress(OSError):
+            return self._connect()
+        private_directory(self._owner_pid)  # once more: a clean-up of temporary files may have taken it
+        with (self._directory / "lock").open("w") as lock_file:
+            fcntl.flock(lock_file, fcntl.LOCK_EX)
+            with suppress(OSError):
+                return self._connect()  # another worker was faster
+            return self._start_engine()
+
+    def _start_engine(self) -> Connection[Any, Any]:
+        command = [sys.executable, "-P", "-m", ENGINE_MODULE, str(self._directory), str(self._owner_pid)]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        # A session of its own, since a terminal's Ctrl-C must not end it before the requests that it works on.
+        self._process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+        give_up_at = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < give_up_at and self._process.poll() is None:
+            with suppress(OSError):
+                return self._connect()
+            time.sleep(0.005)
+        raise ModelUnavailable("the engine process, which runs the models, did not start; the log says why")
+
+    def _forget_connections(self) -> None:
+        self._idle = []
+        self._lock = threading.Lock()
+        self._process = None
+
+
+def private_directory(owner_pid: int) -> Path:
+    """Return a directory that only this user can enter, the same one for all processes of one owner.
+
+    Raises:
+        PermissionError: somebody else has put something in its place.
+    """
+    prefix = f"fes-{os.getuid()}-"
+    for other in Path(tempfile.gettempdir()).glob(f"{prefix}*-*"):
+        pid, _, born = other.name.removeprefix(prefix).partition("-")
+        if pid.isdecimal() and not is_alive(int(pid), born):
+            shutil.rmtree(other, ignore_errors=True)  # of a server and an engine that were both killed
+    # Short, since the path of a Unix socket may have only about a hundred bytes.
+    directory = Path(tempfile.gettempdir()) / f"{prefix}{owner_pid}-{process_start_time(owner_pid)}"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    found = directory.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
+        raise PermissionError(f"{directory} is not a directory that only this user can enter")
+    return directory
+
+
+def is_alive(pid: int, born: str) -> bool:
+    """Tell whether the process that started at ``born`` still runs."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return process_start_time(pid) == born
+
+
+def process_start_time(pid: int) -> str:
+    """Return what tells a process from a later one of the same number; "0" where the system does not say."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return "0"

@@ -1,0 +1,102 @@
+"""The engine's own process: runs the models of all web workers of one server.
+
+    python -m feature_extraction_server.core.engine_process DIRECTORY OWNER_PID
+
+It listens on ``DIRECTORY/engine``, a thread a connection, and ends when the owner has gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from multiprocessing.connection import Connection, Listener
+from pathlib import Path
+from typing import Any, Final
+
+from feature_extraction_server.core.engine import Engine
+from feature_extraction_server.core.engine_client import is_alive, process_start_time
+from feature_extraction_server.core.errors import ServerError
+from feature_extraction_server.core.jobs import Job
+from feature_extraction_server.core.settings import SettingsManager
+from feature_extraction_server.core.setup import build_engine
+
+logger = logging.getLogger(__name__)
+
+# No api plugins: they belong to the web workers.
+KINDS: Final = ("consumers", "tasks", "models")
+BACKLOG: Final = 512
+OWNER_CHECK_INTERVAL_S: Final = 0.2
+
+
+def main(directory: Path, owner_pid: int) -> None:
+    """Serve until the owner has gone or a client says ``shutdown``."""
+    # Who ends all processes of a service at once ends the web workers first of all: they still need answers.
+    for ignored in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
+    engine = build_engine(SettingsManager(), kinds=KINDS)
+    address = directory / "engine"
+    with suppress(FileNotFoundError):
+        address.unlink()  # of an engine that was killed
+    listener = Listener(str(address), family="AF_UNIX", backlog=BACKLOG)
+    ending = threading.Event()
+    threading.Thread(target=_accept, args=(listener, engine, ending), name="accept", daemon=True).start()
+    logger.info("The engine runs for the process %d", owner_pid)
+    engine.preload()
+    born = process_start_time(owner_pid)
+    while not ending.wait(OWNER_CHECK_INTERVAL_S) and is_alive(owner_pid, born):
+        pass
+    shutil.rmtree(directory, ignore_errors=True)
+    engine.close()
+    # Threads may still sit in a model's native code or in a read; nobody waits for them any more.
+    logging.shutdown()
+    os._exit(0)
+
+
+def _accept(listener: Listener, engine: Engine, ending: threading.Event) -> None:
+    while True:
+        try:
+            connection = listener.accept()
+        except OSError:
+            if ending.is_set():
+                return
+            logger.exception("A connection of a web worker could not be accepted")
+            time.sleep(OWNER_CHECK_INTERVAL_S)  # out of file descriptors, say: not a reason to spin
+            continue
+        threading.Thread(target=_serve, args=(connection, engine, ending), name="connection", daemon=True).start()
+
+
+def _serve(connection: Connection[Any, Any], engine: Engine, ending: threading.Event) -> None:
+    with suppress(EOFError, OSError):  # the web worker has left
+        while True:
+            request = connection.recv()
+            if request == ("shutdown",):
+                ending.set()
+                threading.Event().wait()  # the process's end closes the connection, which tells the client
+            connection.send(_answer(engine, *request))
+
+
+def _answer(engine: Engine, method: str, model: str, *arguments: Any) -> tuple[bool, Any]:
+    try:
+        if method == "call":
+            task, fields, batch_fields, positional, deadline = arguments
+            return True, engine.call(model, Job(task, fields, batch_fields, positional), deadline)
+        if method == "status":
+            return True, engine.status(model)
+        (wait,) = arguments
+        (engine.start if method == "start" else engine.stop)(model, wait=wait)
+        return True, None
+    except ServerError as error:
+        return False, error
+    except Exception:
+        logger.exception("The engine failed on a request")
+        return False, ServerError("the engine failed on this request; its log says why")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

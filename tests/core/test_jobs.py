@@ -1,0 +1,172 @@
+"""Jobs, the queue and batches: what joins, what is split, and who fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from feature_extraction_server.core.errors import InvalidInput, ModelError
+from feature_extraction_server.core.jobs import Batch, Job, JobQueue
+
+
+def job(*items: Any, task: str = "double", **shared: Any) -> Job:
+    return Job(task, {"x": list(items), **shared}, ("x",))
+
+
+def run_all(queue: JobQueue, function: Callable[..., Any], max_items: int = 32) -> int:
+    """Run everything that waits and return how many calls were asked for."""
+    n_batches = 0
+    while pieces := queue.take(max_items):
+        Batch("model", function, pieces).run()
+        n_batches += 1
+    return n_batches
+
+
+def queue_of(*jobs: Job) -> JobQueue:
+    queue = JobQueue()
+    for waiting in jobs:
+        queue.put(waiting)
+    return queue
+
+
+def double(x: list[int], **shared: Any) -> list[int]:
+    return [2 * item for item in x]
+
+
+def test_waiting_jobs_of_one_task_join_one_batch_and_each_gets_its_own_answer() -> None:
+    jobs = [job(1), job(2, 3), job(4)]
+
+    n_batches = run_all(queue_of(*jobs), double)
+
+    assert n_batches == 1
+    assert [waiting.future.result(0) for waiting in jobs] == [[2], [4, 6], [8]]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        pytest.param(job(2, task="triple"), id="another task"),
+        pytest.param(job(2, config={"n": 2}), id="another config"),
+        pytest.param(job(2, config={"n": True}), id="true is not 1"),
+        pytest.param(job(2, config={"n": 1.0}), id="1.0 is not 1"),
+        pytest.param(Job("double", {"x": [2], "config": {"n": 1}}), id="a task that declares no batch fields"),
+    ],
+)
+def test_jobs_that_differ_in_more_than_their_items_do_not_join(other: Job) -> None:
+    queue = queue_of(job(1, config={"n": 1}), other)
+
+    assert len(queue.take(32)) == 1
+    assert len(queue.take(32)) == 1
+
+
+def test_a_job_behind_one_that_cannot_join_joins_and_order_is_kept_for_the_rest() -> None:
+    first, between, last = job(1), job(2, config={}), job(3)
+    queue = queue_of(first, between, last)
+
+    assert [piece.job for piece in queue.take(32)] == [first, last]
+    assert [piece.job for piece in queue.take(32)] == [between]
+
+
+def test_a_job_larger_than_a_batch_is_spread_over_several_and_answered_in_order() -> None:
+    large, small = job(*range(70)), job(100)
+    sizes: list[int] = []
+
+    def record(x: list[int]) -> list[int]:
+        sizes.append(len(x))
+        return double(x)
+
+    run_all(queue_of(large, small), record)
+
+    assert sizes == [32, 32, 7]
+    assert large.future.result(0) == [2 * item for item in range(70)]
+    assert small.future.result(0) == [200]
+
+
+def test_a_poisoned_job_fails_alone() -> None:
+    jobs = [job(1), job(13), job(3)]
+
+    def refuse_13(x: list[int]) -> list[int]:
+        if 13 in x:
+            raise RuntimeError("thirteen")
+        return double(x)
+
+    run_all(queue_of(*jobs), refuse_13)
+
+    assert jobs[0].future.result(0) == [2]
+    assert jobs[2].future.result(0) == [6]
+    with pytest.raises(ModelError, match="RuntimeError: thirteen"):
+        jobs[1].future.result(0)
+
+
+@pytest.mark.parametrize("raised", [SystemExit(3), KeyboardInterrupt(), MemoryError(), StopIteration()], ids=repr)
+def test_whatever_a_model_raises_is_the_jobs_error(raised: BaseException) -> None:
+    waiting = job(1)
+
+    def fail(x: list[int]) -> list[int]:
+        raise raised
+
+    run_all(queue_of(waiting), fail)
+
+    with pytest.raises(ModelError, match=type(raised).__name__):
+        waiting.future.result(0)
+
+
+def test_an_error_that_blames_the_client_stays_as_it_is() -> None:
+    waiting = job(1)
+
+    def refuse(x: list[int]) -> list[int]:
+        raise InvalidInput("the prompt is too long", field="text")
+
+    run_all(queue_of(waiting), refuse)
+
+    with pytest.raises(InvalidInput, match="too long") as caught:
+        waiting.future.result(0)
+    assert caught.value.field == "text"
+
+
+@pytest.mark.parametrize("results", [[], [1, 2], None, 5], ids=repr)
+def test_a_wrong_number_of_results_is_the_models_error(results: Any) -> None:
+    waiting = job(1)
+
+    run_all(queue_of(waiting), lambda x: results)
+
+    with pytest.raises(ModelError):
+        waiting.future.result(0)
+
+
+def test_a_job_whose_waiter_has_left_is_not_run() -> None:
+    left, stayed = job(1), job(2)
+    queue = queue_of(left, stayed)
+    left.cancel()
+    seen: list[int] = []
+
+    def record(x: list[int]) -> list[int]:
+        seen.extend(x)
+        return x
+
+    run_all(queue, record)
+
+    assert seen == [2]
+    assert len(queue) == 0
+
+
+def test_a_job_that_was_cancelled_while_running_takes_nobody_along() -> None:
+    left, stayed = job(1), job(2)
+
+    def leave_meanwhile(x: list[int]) -> list[int]:
+        left.cancel()
+        return double(x)
+
+    run_all(queue_of(left, stayed), leave_meanwhile)
+
+    assert stayed.future.result(0) == [4]
+
+
+def test_a_job_without_batch_fields_is_called_as_it_was_made() -> None:
+    waiting = Job("add", {"b": 2}, positional=(1,))
+
+    run_all(queue_of(waiting), lambda a, b: a + b)
+
+    assert waiting.future.result(0) == 3

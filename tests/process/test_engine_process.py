@@ -1,0 +1,190 @@
+"""One engine for all web workers: what they agree on, and what ends when."""
+
+from __future__ import annotations
+
+import os
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import psutil
+import pytest
+from tests.conftest import Server
+
+from feature_extraction_server.core.engine_client import private_directory
+
+pytestmark = pytest.mark.process
+
+WAIT_S = 20
+CAPTION = "/api/tasks/image_captioning/models/fake_slow/features"
+STATUS = "/api/models/fake_slow/status"
+THREADS = ("-k", "gthread", "--threads", "16")
+Gunicorn = Callable[..., Server]
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(16) as executor:
+        yield executor
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def engine_of(server: Server) -> psutil.Process:
+    return psutil.Process(server.get(STATUS).json()["pid"])
+
+
+def is_gone(process: psutil.Process) -> bool:
+    """Tell whether a process has ended; its parent may not have asked yet how."""
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def workers_of(server: Server) -> list[int]:
+    children = psutil.Process(server.process.pid).children()
+    return [child.pid for child in children if "engine_process" not in " ".join(child.cmdline())]
+
+
+@pytest.mark.parametrize("preload", [("--preload",), ()], ids=["preload", "no preload"])
+def test_all_workers_share_one_copy_of_a_model_and_one_truth_about_it(
+    gunicorn: Gunicorn, picture: str, preload: tuple[str, ...]
+) -> None:
+    server = gunicorn("-w", "3", *preload)  # sync workers: each new connection may meet another one
+
+    answers = [server.post(CAPTION, {"image": picture}).json()[0] for _ in range(12)]
+    statuses = [server.get(STATUS).json() for _ in range(12)]
+
+    assert [answer.split(", ")[1:] for answer in answers] == [[f"call {n + 1}", "load 1"] for n in range(12)]
+    assert {status["state"] for status in statuses} == {"running"}
+    assert len({status["pid"] for status in statuses}) == 1
+
+    server.post("/api/models/fake_slow/stop", {})
+    wait_until(lambda: all(server.get(STATUS).json()["state"] == "stopped" for _ in range(6)))
+
+
+def test_a_killed_engine_costs_its_requests_a_503_and_the_next_one_starts_another(
+    gunicorn: Gunicorn, picture: str, pool: ThreadPoolExecutor
+) -> None:
+    server = gunicorn(*THREADS, FAKE_SECONDS="2")
+    in_flight = [pool.submit(server.post, CAPTION, {"image": picture}) for _ in range(4)]
+    wait_until(lambda: server.get(STATUS).json()["running_jobs"] > 0)
+
+    engine_of(server).kill()
+
+    answers = [request.result(WAIT_S) for request in in_flight]
+    assert [answer.status_code for answer in answers] == [503] * 4
+    assert {answer.json()["code"] for answer in answers} == {"model_unavailable"}
+    assert server.post(CAPTION, {"image": picture}).status_code == 200
+
+
+def test_a_recycled_or_killed_worker_does_not_touch_the_engine(gunicorn: Gunicorn, picture: str) -> None:
+    server = gunicorn(*THREADS, "--preload", "-w", "1")
+    before = engine_of(server).pid
+    server.post(CAPTION, {"image": picture})
+    (worker,) = workers_of(server)
+
+    os.kill(worker, signal.SIGKILL)
+    wait_until(lambda: bool(workers_of(server)) and workers_of(server) != [worker])
+
+    server.wait_until_ready()
+    assert server.get(STATUS).json()["state"] == "running"
+    assert engine_of(server).pid == before
+
+
+@pytest.mark.parametrize("preload", [("--preload",), ()], ids=["preload", "no preload"])
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
+def test_the_engine_and_its_directory_go_with_the_server(
+    gunicorn: Gunicorn, picture: str, preload: tuple[str, ...], how: signal.Signals
+) -> None:
+    server = gunicorn("-w", "2", *preload)
+    server.post(CAPTION, {"image": picture})
+    engine = engine_of(server)
+    directories = list(Path(tempfile.gettempdir()).glob(f"fes-*-{server.process.pid}-*"))
+
+    server.process.send_signal(how)
+    server.process.wait(WAIT_S)
+
+    assert len(directories) == 1
+    wait_until(lambda: is_gone(engine))
+    wait_until(lambda: not directories[0].exists())
+
+
+def test_a_request_in_flight_is_answered_when_the_whole_group_is_asked_to_end(
+    gunicorn: Gunicorn, picture: str, pool: ThreadPoolExecutor
+) -> None:
+    server = gunicorn(*THREADS, "--preload", FAKE_SECONDS="1")
+    request = pool.submit(server.post, CAPTION, {"image": picture})
+    wait_until(lambda: server.get(STATUS).json()["running_jobs"] > 0)
+    engine = engine_of(server)
+
+    engine.terminate()  # as a service manager does to every process
+    server.process.terminate()
+
+    assert request.result(WAIT_S).status_code == 200
+    wait_until(lambda: is_gone(engine))
+
+
+def test_a_frozen_engine_is_a_504_not_a_hang(gunicorn: Gunicorn, picture: str) -> None:
+    server = gunicorn(*THREADS, REQUEST_TIMEOUT="1")
+    server.post(CAPTION, {"image": picture})
+    engine = engine_of(server)
+
+    engine.suspend()
+    try:
+        answer = server.post(CAPTION, {"image": picture}, timeout=WAIT_S)
+    finally:
+        engine.resume()
+
+    assert answer.status_code == 504
+    assert server.post(CAPTION, {"image": picture}).status_code == 200
+
+
+@pytest.mark.parametrize("preload", [("--preload",), ()], ids=["preload", "no preload"])
+def test_preloaded_models_start_at_boot(gunicorn: Gunicorn, preload: tuple[str, ...]) -> None:
+    server = gunicorn("-w", "2", *preload, PRELOAD_MODELS="fake_slow, fake_echo")
+
+    wait_until(lambda: server.get(STATUS).json()["state"] == "running")
+    wait_until(lambda: server.get("/api/models/fake_echo/status").json()["state"] == "running")
+
+
+def test_errors_cross_the_processes_whole(gunicorn: Gunicorn, picture: str) -> None:
+    server = gunicorn(*THREADS)
+
+    answers = [
+        server.post("/api/tasks/image_captioning/models/fake_broken/features", {"image": picture}) for _ in range(2)
+    ]
+
+    assert [answer.status_code for answer in answers] == [503, 503]
+    assert "no weights here" in answers[1].json()["error"]
+    assert "Retry-After" in answers[1].headers
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o770])
+def test_a_directory_that_others_can_enter_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    private_directory(os.getpid()).chmod(mode)
+
+    with pytest.raises(PermissionError, match="only this user"):
+        private_directory(os.getpid())
+
+
+def test_the_directory_of_a_dead_server_is_cleared_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    stale = tmp_path / f"fes-{os.getuid()}-{os.getpid()}-1"
+    stale.mkdir()
+
+    private_directory(os.getpid())
+
+    assert not stale.exists()
