@@ -12,9 +12,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from tests.conftest import Server
 
 from feature_extraction_server.core.engine_client import private_directory
+from tests.conftest import Server
 
 pytestmark = pytest.mark.process
 
@@ -51,7 +51,7 @@ def is_gone(process: psutil.Process) -> bool:
 
 
 def workers_of(server: Server) -> list[int]:
-    children = psutil.Process(server.process.pid).children()
+    children = [child for child in psutil.Process(server.process.pid).children() if not is_gone(child)]
     return [child.pid for child in children if "engine_process" not in " ".join(child.cmdline())]
 
 
@@ -155,6 +155,42 @@ def test_preloaded_models_start_at_boot(gunicorn: Gunicorn, preload: tuple[str, 
 
     wait_until(lambda: server.get(STATUS).json()["state"] == "running")
     wait_until(lambda: server.get("/api/models/fake_echo/status").json()["state"] == "running")
+
+
+@pytest.mark.parametrize("preload", [("--preload",), ()], ids=["preload", "no preload"])
+def test_preloaded_models_start_again_when_the_engine_has_died(
+    gunicorn: Gunicorn, preload: tuple[str, ...], tmp_path: Path
+) -> None:
+    server = gunicorn("-w", "2", *preload, PRELOAD_MODELS="fake_slow")
+    log = tmp_path / "log.txt"
+    wait_until(lambda: server.get(STATUS).json()["state"] == "running")
+
+    engine_of(server).kill()
+
+    wait_until(lambda: log.read_text().count("The model fake_slow is running") == 2)  # without any request
+
+
+def test_tensors_leave_the_engine_as_numbers_and_no_torch_enters_a_web_worker(
+    gunicorn: Gunicorn, picture: str, tmp_path: Path
+) -> None:
+    model = tmp_path / "feature_extraction_server" / "models" / "fake_tensor.py"
+    model.parent.mkdir(parents=True)
+    model.write_text(
+        "def load_model():\n"
+        "    global torch\n"
+        "    import torch\n"
+        "def zero_shot_image_classification(image, classes, config):\n"
+        "    return torch.full((len(image), len(classes)), 0.5, dtype=torch.bfloat16)\n"
+    )
+    server = gunicorn(*THREADS)  # finds the model in its working directory
+
+    answer = server.post(
+        "/api/tasks/zero_shot_image_classification/models/fake_tensor/features", {"image": picture, "classes": ["a"]}
+    )
+
+    assert answer.json() == [0.5]
+    (worker,) = workers_of(server)
+    assert "libtorch" not in Path(f"/proc/{worker}/maps").read_text()
 
 
 def test_errors_cross_the_processes_whole(gunicorn: Gunicorn, picture: str) -> None:

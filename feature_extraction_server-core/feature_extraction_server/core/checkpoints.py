@@ -5,9 +5,9 @@
         checkpoint = Checkpoint(settings_manager, "blip", "Salesforce/blip-image-captioning-base")
 
     def load_model():
-        global model, processor
-        from transformers import BlipForConditionalGeneration, BlipProcessor
-        processor = checkpoint.load_processor(BlipProcessor)
+        global model, tokenizer
+        from transformers import AutoTokenizer, BlipForConditionalGeneration
+        tokenizer = checkpoint.load_processor(AutoTokenizer)
         model = checkpoint.load_model(BlipForConditionalGeneration)
 
 torch is imported when something is loaded, not before.
@@ -15,6 +15,7 @@ torch is imported when something is loaded, not before.
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -24,8 +25,12 @@ from feature_extraction_server.core.settings import SettingsManager
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
+
+logger = logging.getLogger(__name__)
 
 _DEVICE: Final = re.compile(r"auto|cpu|cuda(:\d+)?|mps")
+HUB_TIMEOUT_S: Final = 3
 DTYPES: Final = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -89,31 +94,80 @@ class Checkpoint:
         return dtype
 
     def load_processor(self, processor_class: Any, **arguments: Any) -> Any:
-        """Load a processor, tokenizer or configuration by its ``from_pretrained``."""
+        """Load a processor, a tokenizer or a configuration by its ``from_pretrained``.
+
+        Raises:
+            ModelLoadFailed: there is none, or it is broken.
+        """
         return self._load(processor_class, arguments)
 
-    def load_model(self, model_class: Any, **arguments: Any) -> Any:
-        """Load a model by its ``from_pretrained``, for inference, in ``dtype`` on ``device``."""
-        model = self._load(model_class, {"dtype": self.dtype} | arguments)
-        return model.to(self.device).eval()
+    def load_model(self, model_class: Any, *, may_lack: tuple[str, ...] = (), **arguments: Any) -> Any:
+        """Load a model by its ``from_pretrained``, for inference, in ``dtype`` on ``device``.
+
+        Args:
+            model_class: one of transformers' classes.
+            may_lack: beginnings of the names of weights that a checkpoint may lack, since they do not matter.
+            arguments: more arguments of ``from_pretrained``.
+
+        Raises:
+            ModelLoadFailed: there is no such checkpoint, it is broken, or it is another model's.
+        """
+        device = self.device  # first of all: a device that is not there should not cost a download
+        model, report = self._load(model_class, {"dtype": self.dtype, "output_loading_info": True} | arguments)
+        missing = sorted(name for name in report["missing_keys"] if not name.startswith(may_lack))
+        if missing:  # transformers would go on with random weights
+            raise ModelLoadFailed(
+                f"the checkpoint {self._setting.name}={self._setting.get()} lacks {len(missing)} of the weights of "
+                f"{model_class.__name__}, such as {missing[0]}"
+            )
+        return model.to(device).eval()
+
+    def pixel_values(self, image_processor: Any, images: list[Image]) -> torch.Tensor:
+        """Return what an image processor makes of images, (n_images, 3, height, width), as the model takes it."""
+        pixels: torch.Tensor = image_processor(images, return_tensors="pt")["pixel_values"]
+        return pixels.to(self.device, self.dtype)
 
     def _load(self, loaded_class: Any, arguments: dict[str, Any]) -> Any:
+        import torch
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # type: ignore[no-untyped-call]
         name = self._setting.get()
         try:
-            return loaded_class.from_pretrained(name, **arguments)
-        except OSError as error:
+            return loaded_class.from_pretrained(name, local_files_only=not _hub_is_needed(name), **arguments)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # on a broken file, transformers and its parsers raise errors of all sorts
             raise ModelLoadFailed(self._explain(name, error)) from error
 
-    def _explain(self, name: str, error: OSError) -> str:
+    def _explain(self, name: str, error: Exception) -> str:
         setting = self._setting.name
         if Path(name).is_dir():
-            return f"the checkpoint folder {setting}={name} is incomplete: {_first_sentence(error)}"
+            return f"the checkpoint in the folder {setting}={name} is incomplete or broken: {_first_sentence(error)}"
         if Path(name).is_absolute() or name.startswith("."):
             return f"the checkpoint folder {setting}={name} does not exist"
         return (
-            f"the checkpoint {setting}={name} is not cached, and it could not be had from the Hugging Face hub "
-            f"({_first_sentence(error)}); connect to the hub, or set {setting} to a local folder"
+            f"the checkpoint {setting}={name} is neither a folder nor in the cache, and it could not be had from the "
+            f"Hugging Face hub; connect to the hub, or set {setting} to a folder ({_first_sentence(error)})"
         )
+
+
+def _hub_is_needed(name: str) -> bool:
+    """Tell whether a checkpoint is to be looked for on the hub: it is no folder, and the hub can be reached.
+
+    Asked once and briefly, since transformers would ask for every file, and for half a minute each.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
+
+    if Path(name).is_dir():
+        return False
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
+    except Exception as error:  # no network, a proxy that refuses, offline mode: each has its own class
+        logger.info("The Hugging Face hub cannot be reached (%s); only what is cached can be loaded", error)
+        return False
+    return True
 
 
 def _first_sentence(error: Exception) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from feature_extraction_server.core.errors import InvalidInput
 
@@ -30,33 +30,58 @@ class Config(BaseModel):
 class GenerationConfig(Config):
     """What a client may ask of a model that generates text: transformers' generation arguments that are safe.
 
-    Left out on purpose: whatever loads code or files, takes callables, or changes the type of the output.
+    Left out on purpose: whatever loads code or files, takes callables, or changes the type of the output. The bounds
+    keep the arithmetic of a half-precision model finite.
     """
 
     max_new_tokens: int | None = Field(None, ge=1, le=MAX_NEW_TOKENS)
     min_new_tokens: int | None = Field(None, ge=0, le=MAX_NEW_TOKENS)
-    max_length: int | None = Field(None, ge=1, le=MAX_NEW_TOKENS)
+    max_length: int | None = Field(None, ge=2, le=MAX_NEW_TOKENS)
     min_length: int | None = Field(None, ge=0, le=MAX_NEW_TOKENS)
     num_beams: int = Field(1, ge=1, le=16)
     num_return_sequences: int = Field(1, ge=1, le=16)
     do_sample: bool = False
-    temperature: float | None = Field(None, gt=0, le=100)
-    top_k: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0.01, le=100)
+    top_k: int | None = Field(None, ge=1, le=1_000_000)
     top_p: float | None = Field(None, gt=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
-    length_penalty: float | None = Field(None, ge=-100, le=100)
+    repetition_penalty: float | None = Field(None, ge=0.1, le=10)
+    length_penalty: float | None = Field(None, ge=-5, le=5)
     no_repeat_ngram_size: int | None = Field(None, ge=0, le=100)
     early_stopping: bool | None = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> GenerationConfig:
-        if self.num_return_sequences > self.num_beams and not self.do_sample:
-            raise ValueError("num_return_sequences may not exceed num_beams (1 by default) unless do_sample is true")
+        if self.num_return_sequences > self.num_beams and (self.num_beams > 1 or not self.do_sample):
+            raise ValueError(
+                "num_return_sequences may not exceed num_beams (1 by default), unless do_sample is true and num_beams 1"
+            )
+        for first, second in (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length")):
+            if getattr(self, first) is not None and getattr(self, second) is not None:
+                raise ValueError(f"{first} and {second} exclude each other")
         for shortest, longest in (("min_new_tokens", "max_new_tokens"), ("min_length", "max_length")):
             low, high = getattr(self, shortest), getattr(self, longest)
             if low is not None and high is not None and low > high:
                 raise ValueError(f"{shortest} may not exceed {longest}")
+        for key in ("temperature", "top_k", "top_p"):
+            if getattr(self, key) is not None and not self.do_sample:
+                raise ValueError(f"{key} has no effect unless do_sample is true")
+        for key in ("length_penalty", "early_stopping"):
+            if getattr(self, key) is not None and self.num_beams == 1:
+                raise ValueError(f"{key} has no effect unless num_beams is more than 1")
         return self
+
+
+class CatalogueConfig(Config):
+    """What a client may ask of a model that compares an image with the names of classes."""
+
+    template: str = Field("{}", max_length=200)
+
+    @field_validator("template")
+    @classmethod
+    def _has_one_place(cls, template: str) -> str:
+        if template.count("{}") != 1:
+            raise ValueError("it must hold {} once, in the place of a class's name")
+        return template
 
 
 def check_config(config_type: type[Config], config: dict[str, Any]) -> dict[str, Any]:
@@ -65,7 +90,7 @@ def check_config(config_type: type[Config], config: dict[str, Any]) -> dict[str,
         checked = config_type.model_validate(config)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        field = ".".join(["config", *map(str, first["loc"])])
+        field = "config" + "".join(f"[{part}]" if isinstance(part, int) else f".{part[:40]}" for part in first["loc"])
         if first["type"] == "extra_forbidden":
             known = ", ".join(config_type.model_fields) or "no keys"
             raise InvalidInput(f"unknown key {field}: for this model, config takes {known}", field=field) from None

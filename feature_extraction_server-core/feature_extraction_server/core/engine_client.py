@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 ENGINE_MODULE: Final = "feature_extraction_server.core.engine_process"
 START_TIMEOUT_S: Final = 60.0
+MAX_RESTART_DELAY_S: Final = 30.0
 # The engine keeps deadlines itself; the client steps in only where the engine cannot, its GIL being held, say.
 DEADLINE_MARGIN_S: Final = 0.05
 
@@ -49,6 +50,7 @@ class EngineClient(ApplicationInterface):
     def __init__(self, registry: Registry, settings: ServerSettings, owner_pid: int) -> None:
         super().__init__(registry, settings)
         self._owner_pid = owner_pid
+        self._owner_born = process_start_time(owner_pid)
         self._directory = private_directory(owner_pid)
         self._idle: list[Connection[Any, Any]] = []
         self._lock = threading.Lock()
@@ -74,10 +76,19 @@ class EngineClient(ApplicationInterface):
         return status
 
     def preload(self) -> None:
-        """Start the engine if there is something to preload, which the engine does as soon as it runs."""
-        if self.settings.preload_models():
-            with self._connection():
-                pass
+        """If there are models to preload, start the engine, now and whenever it dies.
+
+        The engine itself starts those models as soon as it runs.
+        """
+        if not self.settings.preload_models():
+            return
+        if os.getpid() != self._owner_pid:
+            self._start_watcher()
+            return
+        with self._connection():
+            pass
+        # No thread here: the owner may be a master that forks its workers, where the thread would not exist.
+        os.register_at_fork(after_in_child=self._start_watcher)
 
     def close(self) -> None:
         """End the engine, if it runs, and wait until it is gone. Only the owner's close does anything."""
@@ -152,6 +163,25 @@ class EngineClient(ApplicationInterface):
                 return self._connect()
             time.sleep(0.005)
         raise ModelUnavailable("the engine process, which runs the models, did not start; the log says why")
+
+    def _start_watcher(self) -> None:
+        threading.Thread(target=self._keep_engine_running, name="engine-watcher", daemon=True).start()
+
+    def _keep_engine_running(self) -> None:
+        """Start the engine again as soon as it has died, and slowly where it keeps dying."""
+        delay_s = 0.0
+        while True:
+            born = time.monotonic()
+            try:
+                with self._start_or_connect() as connection:
+                    connection.poll(None)  # ends with the engine, since nothing was asked
+            except (OSError, ModelUnavailable):
+                logger.exception("The engine process could not be started")
+            if not is_alive(self._owner_pid, self._owner_born):
+                return
+            lived_s = time.monotonic() - born
+            delay_s = 0.0 if lived_s > MAX_RESTART_DELAY_S else min(2 * delay_s + 0.1, MAX_RESTART_DELAY_S)
+            time.sleep(delay_s)
 
     def _forget_connections(self) -> None:
         self._idle = []

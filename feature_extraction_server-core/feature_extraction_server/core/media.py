@@ -32,7 +32,7 @@ _REFUSED_FORMATS: Final = frozenset({"EPS"})
 _DATA_URL: Final = re.compile(r"data:([^,;]*)((?:;[^,;]*)*),", re.IGNORECASE)
 _URL_SAFE: Final = bytes.maketrans(b"-_", b"+/")
 _WHITE_SPACE: Final = b" \t\r\n\f\v"
-_AUDIO_BLOCK_FRAMES: Final = 1 << 18
+_AUDIO_BLOCK_VALUES: Final = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,8 @@ def decode_audio(text: str, field: str, max_seconds: float) -> Audio:
             sampling_rate = file.samplerate
     except soundfile.LibsndfileError as error:
         raise InvalidInput(
-            f"{field} is not a recording that can be read (WAV, FLAC, OGG and MP3 can): {_reason(error)}", field=field
+            f"{field} is not a recording that can be read (WAV, FLAC, OGG and MP3 can): {_audio_reason(error)}",
+            field=field,
         ) from None
     if not len(samples):
         raise InvalidInput(f"{field} is a recording without a single sample", field=field)
@@ -181,10 +182,11 @@ def _read_mono(file: soundfile.SoundFile, field: str, max_seconds: float) -> np.
     import numpy as np
 
     max_frames = int(max_seconds * file.samplerate)
+    block_frames = max(1, _AUDIO_BLOCK_VALUES // file.channels)
     # Grows in place, where joining a list of blocks would need the memory twice.
     samples = bytearray()
     n_frames = 0
-    while len(block := file.read(_AUDIO_BLOCK_FRAMES, dtype="float32", always_2d=True)):
+    while len(block := file.read(block_frames, dtype="float32", always_2d=True)):
         n_frames += len(block)
         if n_frames > max_frames:
             raise TooLarge(
@@ -195,6 +197,12 @@ def _read_mono(file: soundfile.SoundFile, field: str, max_seconds: float) -> np.
             raise InvalidInput(f"{field} is a recording with samples that are not finite numbers", field=field)
         samples += memoryview(np.clip(block.mean(axis=1), -1, 1))
     return np.frombuffer(samples, np.float32)
+
+
+def _audio_reason(error: soundfile.LibsndfileError) -> str:
+    words: str = error.error_string
+    # What libsndfile says of a file that is in memory, and broken.
+    return "the file is malformed" if "does not exist" in words or "Internal" in words else words
 
 
 def _reason(error: Exception) -> str:

@@ -22,7 +22,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         name="HOST", type=str, default="localhost", description="The host of the development server"
     )
     port = settings.add_setting(
-        name="PORT", type=int, default=5000, minimum=0, description="Its port; 0 takes a free one"
+        name="PORT",
+        type=int,
+        default=5000,
+        minimum=0,
+        description="The port of the development server; 0 takes a free one",
     )
     given = sys.argv[1:] if arguments is None else arguments
     engine = build_engine(
