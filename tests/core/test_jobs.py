@@ -84,6 +84,15 @@ def test_a_job_larger_than_a_batch_is_spread_over_several_and_answered_in_order(
     assert small.future.result(0) == [200]
 
 
+def test_a_job_larger_than_a_batch_does_not_keep_others_waiting_for_all_of_it() -> None:
+    large, small = job(*range(100)), job(100, config={})
+    queue = queue_of(large, small)
+
+    order = [queue.take(32)[0].job for _ in range(5)]
+
+    assert order == [large, small, large, large, large]
+
+
 def test_a_poisoned_job_fails_alone() -> None:
     jobs = [job(1), job(13), job(3)]
 

@@ -155,7 +155,10 @@ class JobQueue:
         self._jobs.append(job)
 
     def take(self, max_items: int) -> list[Piece]:
-        """Take the first job that still has a waiter and all that joins it, ``max_items`` items at most."""
+        """Take the first job that still has a waiter and all that joins it, ``max_items`` items at most.
+
+        A first job that is larger than a batch then goes to the end, so that it keeps nobody waiting for all of it.
+        """
         pieces: list[Piece] = []
         kept: deque[Job] = deque()
         room = max_items
@@ -169,5 +172,7 @@ class JobQueue:
                 room -= n
             if job.n_taken < job.n_items:
                 kept.append(job)
+        if pieces and kept and kept[0] is pieces[0].job:
+            kept.rotate(-1)
         self._jobs = kept
         return pieces

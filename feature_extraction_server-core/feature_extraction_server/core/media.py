@@ -105,8 +105,9 @@ def decode_image(text: str, field: str, max_pixels: int) -> Image.Image:
         image = Image.open(io.BytesIO(data))
     except UnidentifiedImageError:
         raise InvalidInput(f"{field} is not an image of a known format", field=field) from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise _too_many_pixels(field, "too many", max_pixels) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        n_found = re.search(r"\d+", str(error))
+        raise _too_many_pixels(field, n_found[0] if n_found else "too many", max_pixels) from None
     except Exception as error:  # Pillow's parsers meet hostile bytes with errors of many types
         raise InvalidInput(f"{field} is a damaged image: {_reason(error)}", field=field) from None
     if image.format in _REFUSED_FORMATS:

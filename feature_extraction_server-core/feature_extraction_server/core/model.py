@@ -219,18 +219,16 @@ class Model:
             if self._state is State.FAILED and wait > 0:
                 raise ModelLoadFailed(self._error or "", retry_after=wait)
             run = self._start_locked()
-            stopping = self._state is State.STOPPING
-            queue = self._next_queue if stopping else self._current_run().queue
-            if full := len(queue) >= self._options.max_queue_size:
-                pass
-            elif stopping:
+            # A stopping model takes no more into this life: the job waits for the next one.
+            queue = self._next_queue if self._state is State.STOPPING else self._current_run().queue
+            accepted = len(queue) < self._options.max_queue_size
+            if accepted:
                 queue.put(job)
-            else:
-                queue.put(job)
+            if accepted and queue is not self._next_queue:
                 self._current_run().jobs.add(job)
                 self._changed.notify_all()
         self._launch(run)
-        if full:
+        if not accepted:
             raise QueueFull(
                 f"the queue of the model {self.name} is full: {self._options.max_queue_size} jobs wait already "
                 "(MAX_QUEUE_SIZE)",

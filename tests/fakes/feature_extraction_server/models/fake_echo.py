@@ -21,25 +21,20 @@ def image_captioning(image: list[Image], config: dict[str, Any]) -> list[list[st
 
 
 def conditional_image_captioning(image: list[Image], text: list[str], config: dict[str, Any]) -> list[list[str]]:
-    return [
-        [f"{prefix} {picture.width}x{picture.height}"] for picture, prefix in zip(image, text, strict=True)
-    ]
+    return [[f"{prefix} {picture.width}x{picture.height}"] for picture, prefix in zip(image, text, strict=True)]
 
 
 def automated_speech_recognition(audio: list[Audio], config: dict[str, Any]) -> list[str]:
     return [f"{len(recording.samples)} samples at {recording.sampling_rate} Hz" for recording in audio]
 
 
-def zero_shot_image_classification(
-    image: list[Image], classes: list[str], config: dict[str, Any]
-) -> list[list[float]]:
+def zero_shot_image_classification(image: list[Image], classes: list[str], config: dict[str, Any]) -> list[list[float]]:
     return [[1 / len(classes)] * len(classes) for _ in image]
 
 
 def object_detection(image: list[Image], config: dict[str, Any]) -> list[dict[str, Any]]:
     return [
-        {"boxes": [(0, 0, picture.width, picture.height)], "labels": ["picture"], "scores": [1.0]}
-        for picture in image
+        {"boxes": [(0, 0, picture.width, picture.height)], "labels": ["picture"], "scores": [1.0]} for picture in image
     ]
 
 

@@ -1,0 +1,496 @@
+"""What becomes of a client's base64: pictures as RGB, recordings as mono samples, everything else a named error."""
+
+from __future__ import annotations
+
+import base64
+import struct
+import tracemalloc
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile, ImageOps
+
+from feature_extraction_server.core.errors import InvalidInput, TooLarge
+from feature_extraction_server.core.media import Audio, decode_audio, decode_base64, decode_image
+from tests.conftest import encode_image
+from tests.media_files import RATE_HZ, encode, png, png_chunk, recording, wav
+
+MAX_PIXELS = 1_000_000
+RED = Image.new("RGB", (40, 30), "red")
+PNG = encode_image(RED)
+
+
+def decoded(image: Image.Image, format: str = "PNG", **options: Any) -> Image.Image:
+    return decode_image(encode_image(image, format, **options), "image", MAX_PIXELS)
+
+
+def pixel(image: Image.Image) -> tuple[int, ...]:
+    value = image.getpixel((0, 0))
+    assert isinstance(value, tuple)
+    return value
+
+
+# base64
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(PNG, id="standard"),
+        pytest.param(PNG.rstrip("="), id="without padding"),
+        pytest.param(PNG.replace("+", "-").replace("/", "_"), id="URL-safe"),
+        pytest.param(PNG.replace("+", "-").replace("/", "_").rstrip("="), id="URL-safe without padding"),
+        pytest.param("\n".join(PNG[i : i + 76] for i in range(0, len(PNG), 76)), id="line breaks"),
+        pytest.param("\r\n".join(PNG[i : i + 64] for i in range(0, len(PNG), 64)) + "\r\n", id="CRLF line breaks"),
+        pytest.param(f"  \t{PNG}\n", id="white space around"),
+        pytest.param(f"data:image/png;base64,{PNG}", id="data URL"),
+        pytest.param(f"DATA:IMAGE/PNG;BASE64,{PNG}", id="data URL in capitals"),
+        pytest.param(f"data:;base64,{PNG}", id="data URL without a type"),
+        pytest.param(f"data:image/png;name=red.png;base64,{PNG}", id="data URL with a parameter"),
+        pytest.param(f"data:image/png;base64,{PNG.rstrip('=')}", id="data URL without padding"),
+        pytest.param(f"\n data:image/png;base64,\n{PNG}", id="data URL with white space"),
+        pytest.param(
+            "data:image/png;base64," + PNG.replace("+", "%2B").replace("/", "%2f").replace("=", "%3D"),
+            id="data URL with percent-encoding",
+        ),
+        pytest.param(f"data:application/octet-stream;base64,{PNG}", id="data URL of another type"),
+    ],
+)
+def test_base64_is_read_in_all_its_spellings(text: str) -> None:
+    assert decode_base64(text, "image") == base64.b64decode(PNG)
+
+
+def test_both_alphabets_encode_the_same_bytes() -> None:
+    data = bytes(range(256)) * 3
+
+    assert decode_base64(base64.urlsafe_b64encode(data).decode(), "image") == data
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        pytest.param("", "image is empty", id="empty"),
+        pytest.param("====", "image is empty", id="padding alone"),
+        pytest.param("data:image/png;base64,", "image is empty", id="data URL without data"),
+        pytest.param("no base64!", "image is not valid base64", id="another character"),
+        pytest.param("AAAAA", "image is not valid base64", id="one character too many"),
+        pytest.param("AA=A", "image is not valid base64", id="padding inside"),
+        pytest.param("ÄÖÜ", "image is not valid base64", id="not ASCII"),
+        pytest.param("data:image/png,abc", "image is a data URL that does not", id="data URL without base64"),
+        pytest.param("data:image/png;base64", "image is a data URL that does not", id="data URL without a comma"),
+        pytest.param("data:image/png;base64,%ff%fe", "image is not valid base64", id="percent-encoded rubbish"),
+        pytest.param("https://example.org/a.png", "image is not valid base64", id="a web address"),
+    ],
+)
+def test_what_is_not_base64_is_refused(text: str, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message) as caught:
+        decode_base64(text, "image")
+
+    assert caught.value.field == "image"
+
+
+def test_hostile_data_url_is_refused_in_linear_time() -> None:
+    with pytest.raises(InvalidInput):
+        decode_base64("data:" + ";a" * 500_000, "image")
+
+
+# Pictures
+
+FORMATS = ["AVIF", "BMP", "DDS", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA"]
+FORMATS += ["TIFF", "WEBP"]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_common_format_is_read(format: str) -> None:
+    image = decoded(Image.new("RGB", (32, 32), (250, 0, 0)), format)
+
+    assert (image.mode, image.size) == ("RGB", (32, 32))
+    assert np.allclose(np.asarray(image), (250, 0, 0), atol=4)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(orientation: int) -> None:
+    upright = Image.new("RGB", (32, 16), "white")
+    upright.paste("blue", (0, 0, 8, 8))
+    upright.paste("red", (24, 0, 32, 8))
+    stored = {
+        1: upright,
+        2: ImageOps.mirror(upright),
+        3: upright.rotate(180),
+        4: ImageOps.flip(upright),
+        5: upright.transpose(Image.Transpose.TRANSPOSE),
+        6: upright.rotate(90, expand=True),
+        7: upright.transpose(Image.Transpose.TRANSVERSE),
+        8: upright.rotate(-90, expand=True),
+    }[orientation]
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+
+    image = decoded(stored, "PNG", exif=exif)
+
+    assert np.array_equal(np.asarray(image), np.asarray(upright))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize(
+    "exif",
+    [
+        pytest.param(b"Exif\0\0rubbish", id="rubbish"),
+        pytest.param(b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12", id="truncated"),
+        pytest.param(b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x63\0\0\0\0\0\0", id="orientation 99"),
+        pytest.param(b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x01A\0\0\0\0\0\0\0", id="orientation a text"),
+    ],
+)
+def test_broken_exif_is_ignored(exif: bytes) -> None:
+    image = decoded(RED, "JPEG", exif=exif)
+
+    assert image.size == (40, 30)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        pytest.param(encode_image(Image.new("RGBA", (2, 2), (0, 0, 0, 0))), (255, 255, 255), id="RGBA"),
+        pytest.param(encode_image(Image.new("RGBA", (2, 2), (0, 0, 0, 128))), (127, 127, 127), id="half transparent"),
+        pytest.param(encode_image(Image.new("RGBA", (2, 2), (9, 8, 7, 255))), (9, 8, 7), id="RGBA, opaque"),
+        pytest.param(encode_image(Image.new("LA", (2, 2), (0, 0))), (255, 255, 255), id="grey with alpha"),
+        pytest.param(encode_image(Image.new("P", (2, 2)), transparency=0), (255, 255, 255), id="palette, one colour"),
+        pytest.param(
+            encode_image(Image.new("P", (2, 2)), transparency=b"\x80"), (127, 127, 127), id="palette, alpha values"
+        ),
+        pytest.param(encode_image(Image.new("P", (2, 2)), "GIF", transparency=0), (255, 255, 255), id="GIF"),
+        pytest.param(
+            encode_image(Image.new("RGB", (2, 2), (1, 2, 3)), transparency=(1, 2, 3)),
+            (255, 255, 255),
+            id="RGB, a transparent colour",
+        ),
+        pytest.param(encode_image(Image.new("L", (2, 2), 7), transparency=7), (255, 255, 255), id="grey, one value"),
+        pytest.param(encode_image(Image.new("1", (2, 2), 0), transparency=0), (255, 255, 255), id="1 bit, one value"),
+    ],
+)
+def test_transparency_lies_over_white(data: str, expected: tuple[int, ...]) -> None:
+    image = decode_image(data, "image", MAX_PIXELS)
+
+    assert image.mode == "RGB"
+    assert pixel(image) == pytest.approx(expected, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("image", "format", "expected"),
+    [
+        pytest.param(Image.new("I;16", (2, 2), 0), "PNG", 0, id="16 bit, black"),
+        pytest.param(Image.new("I;16", (2, 2), 32896), "PNG", 128, id="16 bit, middle"),
+        pytest.param(Image.new("I;16", (2, 2), 65535), "PNG", 255, id="16 bit, white"),
+        pytest.param(Image.new("I;16", (2, 2), 32896), "TIFF", 128, id="16 bit TIFF"),
+        pytest.param(Image.frombytes("I;16B", (1, 1), b"\x80\x80"), "TIFF", 128, id="16 bit, big-endian"),
+        pytest.param(Image.new("I", (2, 2), 2**30), "TIFF", 128, id="32 bit"),
+        pytest.param(Image.new("L", (2, 2), 77), "PNG", 77, id="8 bit"),
+        pytest.param(Image.new("1", (2, 2), 1), "PNG", 255, id="1 bit, white"),
+        pytest.param(Image.new("1", (2, 2), 0), "PNG", 0, id="1 bit, black"),
+    ],
+)
+def test_grey_keeps_its_brightness(image: Image.Image, format: str, expected: int) -> None:
+    result = decoded(image, format)
+
+    assert result.mode == "RGB"
+    assert pixel(result) == pytest.approx((expected,) * 3, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        pytest.param(png(1, 1, 2, 0, b"\0\x40"), (85, 85, 85), id="grey of 2 bits"),
+        pytest.param(png(1, 1, 4, 0, b"\0\x80"), (136, 136, 136), id="grey of 4 bits"),
+        pytest.param(png(1, 1, 16, 2, b"\0" + struct.pack(">HHH", 65535, 0, 32896)), (255, 0, 128), id="RGB of 16"),
+        pytest.param(png(1, 1, 16, 4, b"\0" + struct.pack(">HH", 32896, 65535)), (128, 128, 128), id="grey, alpha, 16"),
+        pytest.param(png(1, 1, 4, 3, b"\0\0", png_chunk(b"PLTE", b"\x10\x20\x30")), (16, 32, 48), id="palette of 4"),
+    ],
+)
+def test_png_of_every_depth_is_read(data: bytes, expected: tuple[int, ...]) -> None:
+    assert pixel(decode_image(encode(data), "image", MAX_PIXELS)) == pytest.approx(expected, abs=1)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "TIFF"])
+def test_cmyk_becomes_rgb(format: str) -> None:
+    image = decoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), format)
+
+    assert pixel(image) == pytest.approx((255, 0, 0), abs=4)
+
+
+@pytest.mark.parametrize("format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_first_frame_of_an_animation_is_taken(format: str) -> None:
+    frames = [Image.new("RGB", (16, 16), "blue")]
+
+    image = decoded(Image.new("RGB", (16, 16), "red"), format, save_all=True, append_images=frames)
+
+    assert np.allclose(np.asarray(image), (255, 0, 0), atol=2)
+
+
+def test_animated_webp_keeps_transparency_over_white() -> None:
+    clear = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+
+    image = decoded(clear, "WEBP", save_all=True, append_images=[Image.new("RGBA", (16, 16), "blue")])
+
+    assert pixel(image) == (255, 255, 255)
+
+
+def test_image_of_as_many_pixels_as_allowed_is_read() -> None:
+    image = decode_image(PNG, "image", 40 * 30)
+
+    assert image.size == (40, 30)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(encode_image(RED), id="one pixel too many"),
+        pytest.param(encode(png(60_000, 60_000, 8, 2, b"\0")), id="header claims 60000 x 60000"),
+        pytest.param(encode_image(Image.new("RGB", (3000, 3000))), id="large and highly compressible"),
+        pytest.param(
+            encode(
+                struct.pack("<HHHBBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, 10**6, 22)
+                + png(3000, 3000, 8, 0, bytes(3001 * 3000))
+            ),
+            id="large picture in an icon",
+        ),
+        pytest.param(encode_image(Image.new("L", (3000, 3000)), "GIF"), id="GIF"),
+    ],
+)
+def test_too_many_pixels_are_refused_before_they_are_decoded(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = 40 * 30 - 1
+    load = ImageFile.ImageFile.load
+
+    def load_if_small(image: ImageFile.ImageFile) -> Any:
+        if image.width * image.height > limit:
+            pytest.fail(f"{image.size} was decoded")
+        return load(image)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load_if_small)
+
+    with pytest.raises(TooLarge, match="MAX_IMAGE_PIXELS") as caught:
+        decode_image(data, "image", limit)
+
+    assert caught.value.field == "image"
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "JPEG2000"])
+@pytest.mark.parametrize("part", [0.95, 0.5, 0.1])
+def test_truncated_image_is_refused(format: str, part: float) -> None:
+    whole = base64.b64decode(encode_image(Image.effect_noise((64, 64), 50).convert("RGB"), format))
+
+    with pytest.raises(InvalidInput, match=r"^image\[3\] is (a damaged image|not an image)") as caught:
+        decode_image(encode(whole[: int(len(whole) * part)]), "image[3]", MAX_PIXELS)
+
+    assert caught.value.field == "image[3]"
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        pytest.param(b"hello", "image is not an image of a known format", id="a text"),
+        pytest.param(b"\x89PNG\r\n\x1a\n", "image is a damaged image|not an image", id="signature alone"),
+        pytest.param(b"%PDF-1.7\n", "image is not an image of a known format", id="PDF"),
+        pytest.param(b"<svg xmlns='http://www.w3.org/2000/svg'/>", "image is not an image of a known", id="SVG"),
+        pytest.param(png(0, 0, 8, 2, b""), "image is a damaged image|not an image", id="no pixels"),
+        pytest.param(png(2, 2, 8, 2, b"\0"), "image is a damaged image", id="pixels missing"),
+    ],
+)
+def test_what_is_not_an_image_is_refused(data: bytes, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        decode_image(encode(data), "image", MAX_PIXELS)
+
+
+def test_postscript_is_refused_without_running_an_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: pytest.fail("an interpreter was run"))
+
+    with pytest.raises(InvalidInput, match="EPS"):
+        decoded(RED, "EPS")
+
+
+# Recordings
+
+TONE = (0.5 * np.sin(np.arange(RATE_HZ) * 2 * np.pi * 440 / RATE_HZ)).astype(np.float32)
+
+
+def heard(data: bytes, max_seconds: float = 60) -> Audio:
+    return decode_audio(encode(data), "audio", max_seconds)
+
+
+@pytest.mark.parametrize(
+    ("format", "subtype", "tolerance"),
+    [
+        pytest.param("WAV", "PCM_U8", 0.01, id="WAV int8"),
+        pytest.param("WAV", "PCM_16", 1e-4, id="WAV int16"),
+        pytest.param("WAV", "PCM_24", 1e-6, id="WAV int24"),
+        pytest.param("WAV", "PCM_32", 1e-6, id="WAV int32"),
+        pytest.param("WAV", "FLOAT", 0, id="WAV float32"),
+        pytest.param("WAV", "DOUBLE", 1e-7, id="WAV float64"),
+        pytest.param("FLAC", "PCM_16", 1e-4, id="FLAC int16"),
+        pytest.param("FLAC", "PCM_24", 1e-6, id="FLAC int24"),
+        pytest.param("AIFF", "PCM_16", 1e-4, id="AIFF"),
+        pytest.param("OGG", "VORBIS", 0.1, id="OGG Vorbis"),
+    ],
+)
+def test_recording_of_every_format_gives_its_samples(format: str, subtype: str, tolerance: float) -> None:
+    audio = heard(recording(TONE, format, subtype))
+
+    assert (audio.sampling_rate, audio.samples.dtype, audio.samples.shape) == (RATE_HZ, np.float32, (RATE_HZ,))
+    assert np.abs(audio.samples - TONE).max() <= tolerance
+
+
+@pytest.mark.parametrize(
+    ("format", "subtype", "rate"),
+    [
+        pytest.param("MP3", "MPEG_LAYER_III", 16000, id="MP3"),
+        pytest.param("OGG", "OPUS", 16000, id="OGG Opus"),
+    ],
+)
+def test_lossy_recording_sounds_the_same(format: str, subtype: str, rate: int) -> None:
+    tone = (0.5 * np.sin(np.arange(rate) * 2 * np.pi * 440 / rate)).astype(np.float32)
+
+    audio = heard(recording(tone, format, subtype, rate))
+
+    spectrum = np.abs(np.fft.rfft(audio.samples))
+    assert audio.seconds == pytest.approx(1, abs=0.1)
+    assert spectrum.argmax() / audio.seconds == pytest.approx(440, abs=3)
+
+
+def test_data_url_of_a_recording_is_read() -> None:
+    audio = decode_audio("data:audio/wav;base64," + encode(recording(TONE, "WAV", "PCM_16")), "audio", 60)
+
+    assert len(audio.samples) == RATE_HZ
+
+
+def test_channels_are_averaged() -> None:
+    left_and_right = np.stack([np.full(100, 0.75), np.full(100, -0.25)], axis=1)
+
+    audio = heard(recording(left_and_right, "WAV", "FLOAT"))
+
+    assert np.allclose(audio.samples, 0.25)
+
+
+def test_samples_beyond_full_scale_are_clipped() -> None:
+    audio = heard(recording(np.array([3, -3, 0.5]), "WAV", "FLOAT"))
+
+    assert audio.samples.tolist() == [1, -1, 0.5]
+
+
+def test_samples_may_be_written_to() -> None:
+    audio = heard(recording(TONE, "WAV", "FLOAT"))
+
+    audio.samples[0] = 1  # torch.from_numpy warns of arrays where this fails
+
+
+def test_recording_as_long_as_allowed_is_read() -> None:
+    assert heard(recording(TONE, "WAV", "PCM_16"), max_seconds=1).seconds == 1
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(recording(np.zeros(RATE_HZ + 1), "WAV", "PCM_16"), id="one sample too long"),
+        pytest.param(recording(np.zeros(RATE_HZ * 600), "FLAC", "PCM_16"), id="ten minutes in a small file"),
+        pytest.param(wav(bytes(100), rate=1), id="long by a low sampling rate"),
+    ],
+)
+def test_longer_recording_is_refused(data: bytes) -> None:
+    with pytest.raises(TooLarge, match=r"audio\[0\] is longer than 1 seconds.*MAX_AUDIO_SECONDS") as caught:
+        decode_audio(encode(data), "audio[0]", 1)
+
+    assert caught.value.field == "audio[0]"
+
+
+def test_reading_stops_at_the_limit() -> None:
+    data = recording(np.zeros(RATE_HZ * 3600, np.int16), "FLAC", "PCM_16")
+    encoded = encode(data)
+
+    tracemalloc.start()
+    try:
+        with pytest.raises(TooLarge):
+            decode_audio(encoded, "audio", 10)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    whole = RATE_HZ * 3600 * 4
+    assert peak < whole / 4
+
+
+@pytest.mark.parametrize("channels", [1, 8])
+def test_long_recording_needs_little_more_memory_than_its_samples(channels: int) -> None:
+    encoded = encode(recording(np.zeros((RATE_HZ * 900, channels), np.int16), "FLAC", "PCM_16"))
+
+    tracemalloc.start()
+    try:
+        audio = decode_audio(encoded, "audio", 3600)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert peak < 1.5 * audio.samples.nbytes
+
+
+@pytest.mark.parametrize("claimed", [8, 2**31 - 100, 2**32 - 100])
+def test_header_that_lies_about_the_length_does_no_harm(claimed: int) -> None:
+    audio = heard(wav(struct.pack("<8h", *range(8)), claimed=claimed))
+
+    assert len(audio.samples) == min(8, claimed // 2)
+
+
+def test_header_that_claims_many_channels_does_no_harm() -> None:
+    data = wav(bytes(1024 * 1000), channels=1024, bits=8)
+    encoded = encode(data)
+
+    tracemalloc.start()
+    try:
+        audio = decode_audio(encoded, "audio", 60)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert len(audio.samples) == 1000
+    assert peak < 32 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        pytest.param(b"hello", "is not a recording that can be read", id="a text"),
+        pytest.param(base64.b64decode(PNG), "is not a recording that can be read", id="an image"),
+        pytest.param(b"RIFF\0\0\0\0WAVE", "is not a recording that can be read", id="header alone"),
+        pytest.param(b"ID3\3\0\0\0\0\0\0", "is not a recording that can be read", id="MP3 tag alone"),
+        pytest.param(recording(TONE, "OGG", "VORBIS")[:500], "is not a recording that can be read", id="truncated OGG"),
+        pytest.param(
+            recording(TONE, "FLAC", "PCM_16")[:50], "is not a recording that can be read", id="truncated FLAC"
+        ),
+        pytest.param(wav(bytes(8), rate=0), "is not a recording that can be read", id="sampling rate 0"),
+        pytest.param(wav(bytes(8), channels=0), "is not a recording that can be read", id="no channel"),
+        pytest.param(wav(b""), "without a single sample", id="no samples"),
+        pytest.param(wav(struct.pack("<2f", 0, np.nan), format=3, bits=32), "not finite numbers", id="NaN"),
+        pytest.param(wav(struct.pack("<2f", 0, np.inf), format=3, bits=32), "not finite numbers", id="infinity"),
+    ],
+)
+def test_what_is_not_a_recording_is_refused(data: bytes, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message) as caught:
+        decode_audio(encode(data), "audio[1]", 60)
+
+    assert caught.value.field == "audio[1]"
+    assert "BytesIO" not in caught.value.message
+
+
+def test_resampling_keeps_pitch_and_length() -> None:
+    audio = Audio(TONE, RATE_HZ).resampled(16000)
+
+    spectrum = np.abs(np.fft.rfft(audio.samples))
+    assert (audio.sampling_rate, audio.seconds, audio.samples.dtype) == (16000, 1, np.float32)
+    assert spectrum.argmax() == 440
+    assert np.abs(audio.samples).max() <= 1
+
+
+def test_resampling_to_the_same_rate_changes_nothing() -> None:
+    audio = Audio(TONE, RATE_HZ)
+
+    assert audio.resampled(RATE_HZ) is audio
