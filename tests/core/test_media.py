@@ -337,7 +337,7 @@ def heard(data: bytes, max_seconds: float = 60) -> Audio:
 def test_recording_of_every_format_gives_its_samples(format: str, subtype: str, tolerance: float) -> None:
     audio = heard(recording(TONE, format, subtype))
 
-    assert (audio.sampling_rate, audio.samples.dtype, audio.samples.shape) == (RATE_HZ, np.float32, (RATE_HZ,))
+    assert (audio.sampling_rate, audio.samples.dtype, audio.samples.shape) == (RATE_HZ, np.dtype("float32"), (RATE_HZ,))
     assert np.abs(audio.samples - TONE).max() <= tolerance
 
 
@@ -485,7 +485,7 @@ def test_resampling_keeps_pitch_and_length() -> None:
     audio = Audio(TONE, RATE_HZ).resampled(16000)
 
     spectrum = np.abs(np.fft.rfft(audio.samples))
-    assert (audio.sampling_rate, audio.seconds, audio.samples.dtype) == (16000, 1, np.float32)
+    assert (audio.sampling_rate, audio.seconds, audio.samples.dtype) == (16000, 1, np.dtype("float32"))
     assert spectrum.argmax() == 440
     assert np.abs(audio.samples).max() <= 1
 

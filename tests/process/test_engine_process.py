@@ -12,9 +12,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from PIL import Image
 
 from feature_extraction_server.core.engine_client import private_directory
-from tests.conftest import Server
+from tests.conftest import Server, encode_image
 
 pytestmark = pytest.mark.process
 
@@ -134,19 +135,23 @@ def test_a_request_in_flight_is_answered_when_the_whole_group_is_asked_to_end(
     wait_until(lambda: is_gone(engine))
 
 
-def test_a_frozen_engine_is_a_504_not_a_hang(gunicorn: Gunicorn, picture: str) -> None:
+@pytest.mark.parametrize(
+    "size", [(40, 30), (2000, 2000)], ids=["small picture", "picture larger than the socket's buffer"]
+)
+def test_a_frozen_engine_is_a_504_not_a_hang(gunicorn: Gunicorn, size: tuple[int, int]) -> None:
     server = gunicorn(*THREADS, REQUEST_TIMEOUT="1")
-    server.post(CAPTION, {"image": picture})
+    body = {"image": encode_image(Image.new("RGB", size))}
+    server.post(CAPTION, body)
     engine = engine_of(server)
 
     engine.suspend()
     try:
-        answer = server.post(CAPTION, {"image": picture}, timeout=WAIT_S)
+        answer = server.post(CAPTION, body, timeout=WAIT_S)
     finally:
         engine.resume()
 
     assert answer.status_code == 504
-    assert server.post(CAPTION, {"image": picture}).status_code == 200
+    assert server.post(CAPTION, body).status_code == 200
 
 
 @pytest.mark.parametrize("preload", [("--preload",), ()], ids=["preload", "no preload"])

@@ -133,22 +133,25 @@ class Checkpoint:
 
         disable_progress_bar()  # type: ignore[no-untyped-call]
         name = self._setting.get()
+        from_hub = _hub_is_needed(name)
         try:
-            return loaded_class.from_pretrained(name, local_files_only=not _hub_is_needed(name), **arguments)
+            return loaded_class.from_pretrained(name, local_files_only=not from_hub, **arguments)
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # on a broken file, transformers and its parsers raise errors of all sorts
-            raise ModelLoadFailed(self._explain(name, error)) from error
+            raise ModelLoadFailed(self._explain(name, from_hub, _first_sentence(error))) from error
 
-    def _explain(self, name: str, error: Exception) -> str:
+    def _explain(self, name: str, from_hub: bool, reason: str) -> str:
         setting = self._setting.name
         if Path(name).is_dir():
-            return f"the checkpoint in the folder {setting}={name} is incomplete or broken: {_first_sentence(error)}"
+            return f"the checkpoint in the folder {setting}={name} is incomplete or broken: {reason}"
         if Path(name).is_absolute() or name.startswith("."):
             return f"the checkpoint folder {setting}={name} does not exist"
+        if from_hub:
+            return f"the checkpoint {setting}={name} could not be had from the Hugging Face hub: {reason}"
         return (
-            f"the checkpoint {setting}={name} is neither a folder nor in the cache, and it could not be had from the "
-            f"Hugging Face hub; connect to the hub, or set {setting} to a folder ({_first_sentence(error)})"
+            f"the checkpoint {setting}={name} is neither a folder nor in the cache, and the Hugging Face hub cannot be "
+            f"reached; connect to the hub, or set {setting} to a folder"
         )
 
 
@@ -157,8 +160,7 @@ def _hub_is_needed(name: str) -> bool:
 
     Asked once and briefly, since transformers would ask for every file, and for half a minute each.
     """
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import constants, get_session
 
     if Path(name).is_dir():
         return False

@@ -13,7 +13,9 @@ TEXTS_A_CALL: Final = 128
 MAX_CHARACTERS: Final = 4096
 
 
-def embed_texts(model: Any, tokenizer: Any, classes: list[str], config: dict[str, Any], **arguments: Any) -> torch.Tensor:
+def embed_texts(
+    model: Any, tokenizer: Any, classes: list[str], config: dict[str, Any], **arguments: Any
+) -> torch.Tensor:
     """Return the embeddings of classes' names, float32 (n_classes, n_dimensions), L2-normalised.
 
     Args:

@@ -4,7 +4,7 @@ All web workers of one server share one engine process (``engine_process``). The
 holds the engine's socket; the first worker that needs the engine starts it, under a file lock. The directory belongs
 to the *owner*, the process whose end is the server's end: the engine goes when the owner has gone.
 
-Messages are pickled ``multiprocessing`` messages. That is safe since only this user can enter the directory.
+Messages are pickles (``wire``). That is safe since only this user can enter the directory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,6 +29,7 @@ from feature_extraction_server.core.errors import DeadlineExceeded, ModelUnavail
 from feature_extraction_server.core.jobs import Job
 from feature_extraction_server.core.plugins import Registry
 from feature_extraction_server.core.server_settings import ServerSettings
+from feature_extraction_server.core.wire import Channel, connect
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class EngineClient(ApplicationInterface):
         self._owner_pid = owner_pid
         self._owner_born = process_start_time(owner_pid)
         self._directory = private_directory(owner_pid)
-        self._idle: list[Connection[Any, Any]] = []
+        self._idle: list[Channel] = []
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         # A forked worker must not share its parent's connections.
@@ -97,23 +97,25 @@ class EngineClient(ApplicationInterface):
         with suppress(OSError, EOFError):
             connection = self._connect()
             connection.send(("shutdown",))
-            connection.poll(START_TIMEOUT_S)  # until it closes the connection by its end
+            connection.receive(START_TIMEOUT_S)  # ends with the engine
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _ask(self, request: tuple[Any, ...], deadline: float | None = None) -> Any:
         if deadline is None:
             deadline = time.monotonic() + self.settings.request_timeout.get()
+        timeout_s = max(0, deadline - time.monotonic()) + DEADLINE_MARGIN_S
         with self._connection() as connection:
-            connection.send(request)
-            if not connection.poll(max(0, deadline - time.monotonic()) + DEADLINE_MARGIN_S):
-                raise DeadlineExceeded("the engine gave no answer in time (REQUEST_TIMEOUT)")
-            succeeded, answer = connection.recv()
+            try:
+                connection.send(request, timeout_s)
+                succeeded, answer = connection.receive(timeout_s)
+            except TimeoutError:
+                raise DeadlineExceeded("the engine gave no answer in time (REQUEST_TIMEOUT)") from None
         if not succeeded:
             raise answer
         return answer
 
     @contextmanager
-    def _connection(self) -> Iterator[Connection[Any, Any]]:
+    def _connection(self) -> Iterator[Channel]:
         """Lend a connection for one question and its answer; one that broke or still owes an answer is closed."""
         connection = self._take_idle() or self._start_or_connect()
         try:
@@ -130,19 +132,19 @@ class EngineClient(ApplicationInterface):
         with self._lock:
             self._idle.append(connection)
 
-    def _take_idle(self) -> Connection[Any, Any] | None:
+    def _take_idle(self) -> Channel | None:
         with self._lock:
             while self._idle:
                 connection = self._idle.pop()
-                if not connection.poll(0):
+                if not connection.has_news():
                     return connection
                 connection.close()  # nothing was asked, so that what can be read is the end of a dead engine
         return None
 
-    def _connect(self) -> Connection[Any, Any]:
-        return Client(str(self._directory / "engine"), family="AF_UNIX")
+    def _connect(self) -> Channel:
+        return connect(str(self._directory / "engine"))
 
-    def _start_or_connect(self) -> Connection[Any, Any]:
+    def _start_or_connect(self) -> Channel:
         with suppress(OSError):
             return self._connect()
         private_directory(self._owner_pid)  # once more: a clean-up of temporary files may have taken it
@@ -152,7 +154,7 @@ class EngineClient(ApplicationInterface):
                 return self._connect()  # another worker was faster
             return self._start_engine()
 
-    def _start_engine(self) -> Connection[Any, Any]:
+    def _start_engine(self) -> Channel:
         command = [sys.executable, "-P", "-m", ENGINE_MODULE, str(self._directory), str(self._owner_pid)]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         # A session of its own, since a terminal's Ctrl-C must not end it before the requests that it works on.
@@ -173,8 +175,9 @@ class EngineClient(ApplicationInterface):
         while True:
             born = time.monotonic()
             try:
-                with self._start_or_connect() as connection:
-                    connection.poll(None)  # ends with the engine, since nothing was asked
+                self._start_or_connect().receive()  # ends with the engine, since nothing was asked
+            except EOFError:
+                pass
             except (OSError, ModelUnavailable):
                 logger.exception("The engine process could not be started")
             if not is_alive(self._owner_pid, self._owner_born):

@@ -12,11 +12,11 @@ import os
 import pickle
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
 from contextlib import suppress
-from multiprocessing.connection import Connection, Listener
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,6 +26,7 @@ from feature_extraction_server.core.errors import ModelError, ServerError
 from feature_extraction_server.core.jobs import Job
 from feature_extraction_server.core.settings import SettingsManager
 from feature_extraction_server.core.setup import build_engine
+from feature_extraction_server.core.wire import Channel
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,9 @@ def main(directory: Path, owner_pid: int) -> None:
     address = directory / "engine"
     with suppress(FileNotFoundError):
         address.unlink()  # of an engine that was killed
-    listener = Listener(str(address), family="AF_UNIX", backlog=BACKLOG)
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(address))
+    listener.listen(BACKLOG)
     ending = threading.Event()
     threading.Thread(target=_accept, args=(listener, engine, ending), name="accept", daemon=True).start()
     logger.info("The engine runs for the process %d", owner_pid)
@@ -59,23 +62,25 @@ def main(directory: Path, owner_pid: int) -> None:
     os._exit(0)
 
 
-def _accept(listener: Listener, engine: Engine, ending: threading.Event) -> None:
+def _accept(listener: socket.socket, engine: Engine, ending: threading.Event) -> None:
     while True:
         try:
-            connection = listener.accept()
+            connected, _ = listener.accept()
         except OSError:
             if ending.is_set():
                 return
             logger.exception("A connection of a web worker could not be accepted")
             time.sleep(OWNER_CHECK_INTERVAL_S)  # out of file descriptors, say: not a reason to spin
             continue
-        threading.Thread(target=_serve, args=(connection, engine, ending), name="connection", daemon=True).start()
+        threading.Thread(
+            target=_serve, args=(Channel(connected), engine, ending), name="connection", daemon=True
+        ).start()
 
 
-def _serve(connection: Connection[Any, Any], engine: Engine, ending: threading.Event) -> None:
+def _serve(connection: Channel, engine: Engine, ending: threading.Event) -> None:
     with suppress(EOFError, OSError):  # the web worker has left
         while True:
-            request = connection.recv()
+            request = connection.receive()
             if request == ("shutdown",):
                 ending.set()
                 threading.Event().wait()  # the process's end closes the connection, which tells the client

@@ -149,7 +149,8 @@ def _check(kind: str, module: ModuleType, consumer_types: set[str]) -> None:
         raise PluginError(f"it has no function {required}")
     if kind == "models":
         consumer_type = getattr(module, "consumer_type", None)
-        if consumer_type is not None and consumer_type not in consumer_types:
+        known_type = isinstance(consumer_type, str) and consumer_type in consumer_types
+        if consumer_type is not None and not known_type:
             known = ", ".join(sorted(consumer_types))
             raise PluginError(f"its consumer_type {consumer_type!r} is unknown; there are {known}")
 

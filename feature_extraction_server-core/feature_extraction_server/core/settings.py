@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
@@ -44,7 +45,7 @@ _PARSERS: Final[dict[type, Callable[[str], Any]]] = {str: str, int: int, float: 
 class Setting(Generic[T]):
     """One setting. ``get()`` gives its value, wherever it is needed.
 
-    ``default`` may be None (no value); ``choices`` limits the values; ``minimum`` bounds a number from below;
+    ``default`` may be None (no value); ``choices`` limits the values; ``minimum`` and ``maximum`` bound a number;
     ``pattern`` is a regular expression that all of a text must match.
     """
 
@@ -54,6 +55,7 @@ class Setting(Generic[T]):
     description: str
     choices: Sequence[T] | None = None
     minimum: float | None = None
+    maximum: float | None = None
     pattern: str | None = None
     _manager: SettingsManager | None = field(default=None, repr=False)
 
@@ -78,8 +80,10 @@ class Setting(Generic[T]):
             raise self._not_allowed(text) from None
         if self.choices is not None and value not in self.choices:
             raise self._not_allowed(text)
-        if self.minimum is not None and not isinstance(value, str) and value < self.minimum:
-            raise self._not_allowed(text)
+        if not isinstance(value, str):
+            too_small = self.minimum is not None and value < self.minimum
+            if too_small or (self.maximum is not None and value > self.maximum):
+                raise self._not_allowed(text)
         if self.pattern is not None and not re.fullmatch(self.pattern, text.strip()):
             raise self._not_allowed(text)
         return value
@@ -91,21 +95,23 @@ class Setting(Generic[T]):
         """Say in words which values are allowed."""
         if self.choices is not None:
             return "one of " + ", ".join(map(str, self.choices)) if self.choices else "unset (nothing to choose from)"
+        if self.minimum is not None and self.maximum is not None:
+            return f"{_KINDS[self.type]} from {self.minimum:.15g} to {self.maximum:.15g}"
         if self.minimum is not None:
-            return f"{_KINDS[self.type]} of at least {self.minimum:g}"
+            return f"{_KINDS[self.type]} of at least {self.minimum:.15g}"
+        if self.maximum is not None:
+            return f"{_KINDS[self.type]} of at most {self.maximum:.15g}"
         if self.pattern is not None:
             return f"of the form {self.pattern}"
         return _KINDS[self.type]
 
     def same_definition(self, other: Setting[Any]) -> bool:
         """Tell whether two plugins declare the same setting in the same way."""
-        return (self.type, self.default, self.choices, self.minimum, self.pattern) == (
-            other.type,
-            other.default,
-            other.choices,
-            other.minimum,
-            other.pattern,
-        )
+        definitions = [
+            (setting.type, setting.default, setting.choices, setting.minimum, setting.maximum, setting.pattern)
+            for setting in (self, other)
+        ]
+        return definitions[0] == definitions[1]
 
 
 class SettingsManager:
@@ -125,9 +131,7 @@ class SettingsManager:
     ) -> None:
         self._environment = os.environ if environment is None else environment
         # The working directory is named here: dotenv's own search would start beside the installed module.
-        path = Path.cwd() / ".env" if dotenv_path is None else dotenv_path
-        # Opened here, since dotenv takes a missing file for an empty one, and only a missing one is fine.
-        self._dotenv = dotenv_values(path, interpolate=False) if path.is_file() else {}
+        self._dotenv_path = Path.cwd() / ".env" if dotenv_path is None else dotenv_path
         self._command_line = dict(command_line or {})
         self._settings: dict[str, Setting[Any]] = {}
         self._values: dict[str, Any] = {}
@@ -141,6 +145,7 @@ class SettingsManager:
         description: str,
         choices: Sequence[T] | None = None,
         minimum: float | None = None,
+        maximum: float | None = None,
         pattern: str | None = None,
     ) -> Setting[T]:
         """Declare a setting and return it. Declaring the same one again returns the first.
@@ -152,7 +157,7 @@ class SettingsManager:
             raise ValueError(f"setting {name}: type must be str, int, float or bool")
         if name != name.upper():
             raise ValueError(f"setting {name}: a setting's name is upper case")
-        setting = Setting(name, type, default, description, choices, minimum, pattern, self)
+        setting = Setting(name, type, default, description, choices, minimum, maximum, pattern, self)
         known = self._settings.setdefault(name, setting)
         if not known.same_definition(setting):
             raise ValueError(f"setting {name} is already declared differently")
@@ -182,6 +187,16 @@ class SettingsManager:
         given = vars(parser.parse_args(arguments))
         self._command_line.update({name: value for name, value in given.items() if value is not None})
         self._values.clear()
+
+    @cached_property
+    def _dotenv(self) -> Mapping[str, str | None]:
+        # Asked for here, since dotenv takes whatever it cannot open for an empty file.
+        if not self._dotenv_path.is_file():
+            return {}
+        try:
+            return dotenv_values(self._dotenv_path, interpolate=False)
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingError(f"{self._dotenv_path} cannot be read: it must be a UTF-8 text file ({error})") from None
 
     def _value(self, setting: Setting[Any]) -> Any:
         if setting.name not in self._values:

@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         type=int,
         default=5000,
         minimum=0,
+        maximum=65535,
         description="The port of the development server; 0 takes a free one",
     )
     given = sys.argv[1:] if arguments is None else arguments

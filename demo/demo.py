@@ -1,0 +1,154 @@
+"""Start the real server, send it pictures and speech, and show the requests and the answers.
+
+    python demo/demo.py         small checkpoints from this folder, trained on drawings of coloured shapes
+    python demo/demo.py --hub   the plugins' default checkpoints from the Hugging Face hub
+
+Each request is printed as the curl command that sends it. The media lie in ``.cache/demo`` afterwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import requests
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from demo import shapes, whisper_tiny_en  # noqa: E402 - the path is set above
+from dev_server import SOURCES  # noqa: E402
+
+MEDIA = ROOT / ".cache" / "demo"
+CHECKPOINTS = ROOT / "demo" / "checkpoints"
+WHISPER = ROOT / ".cache" / "checkpoints" / "whisper_tiny_en"
+START_TIMEOUT_S = 60
+REQUEST_TIMEOUT_S = 600
+
+
+@dataclass(frozen=True)
+class Example:
+    """One request: ``media`` is the key and the file that goes in, ``rest`` the other keys of the body."""
+
+    task: str
+    model: str
+    media: tuple[str, Path]
+    rest: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def path(self) -> str:
+        return f"/api/tasks/{self.task}/models/{self.model}/features"
+
+    def body(self) -> dict[str, Any]:
+        key, file = self.media
+        return {key: base64.b64encode(file.read_bytes()).decode(), **self.rest}
+
+    def curl(self, url: str) -> str:
+        """Return the command that a user would type in the checkout's folder."""
+        key, file = self.media
+        rest = "".join(f", {json.dumps(name)}: {json.dumps(value)}" for name, value in self.rest.items())
+        fill_in = f"printf '{{\"{key}\": \"%s\"{rest}}}' \"$(base64 -w0 {file.relative_to(ROOT)})\""
+        return f"{fill_in} |\n  curl -s {url}{self.path} -H 'Content-Type: application/json' -d @-"
+
+
+def draw_media() -> tuple[Path, Path, Path]:
+    """Draw the pictures; return one of a shape, one of several shapes, and the recording."""
+    MEDIA.mkdir(parents=True, exist_ok=True)
+    one, _ = shapes.draw_shape(shapes.TEST_SEED, shape="circle", colour="red", ground="white")
+    several, _ = shapes.draw_shapes(shapes.TEST_SEED + 1, (320, 240), 3, ground="white")
+    one.save(MEDIA / "shape.png")
+    several.save(MEDIA / "shapes.png")
+    speech = MEDIA / whisper_tiny_en.SPEECH_FILE.name
+    shutil.copyfile(whisper_tiny_en.SPEECH_FILE, speech)
+    return MEDIA / "shape.png", MEDIA / "shapes.png", speech
+
+
+def examples(shape: Path, several: Path, speech: Path) -> list[Example]:
+    classes = ["red circle", "blue square", "green triangle", "yellow circle"]
+    return [
+        Example("image_captioning", "blip", ("image", shape)),
+        Example("image_captioning", "vit_gpt2", ("image", shape)),
+        Example("conditional_image_captioning", "blip", ("image", shape), {"text": "the ground is"}),
+        Example("zero_shot_image_classification", "clip_vit_large_patch14", ("image", shape), {"classes": classes}),
+        Example(
+            "object_detection", "owlvit_base_patch32", ("image", several), {"config": {"classes": list(shapes.SHAPES)}}
+        ),
+        Example("automated_speech_recognition", "whisper", ("audio", speech)),
+    ]
+
+
+def checkpoint_settings() -> dict[str, str]:
+    """Return the settings that make the models load this folder's checkpoints."""
+    folders = {folder.name: folder for folder in CHECKPOINTS.iterdir() if folder.is_dir()}
+    folders["whisper"] = whisper_tiny_en.build(WHISPER)
+    return {f"{model.upper()}_CHECKPOINT": str(folder) for model, folder in folders.items()} | {"HF_HUB_OFFLINE": "1"}
+
+
+@contextmanager
+def running_server(settings: dict[str, str]) -> Iterator[str]:
+    """Serve with gunicorn on a free port; yield the URL."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    environment = os.environ | settings
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, SOURCES))
+    environment["LOG_PATH"] = str(MEDIA / "log.txt")
+    command = [sys.executable, "-m", "gunicorn", "-c", str(ROOT / "gunicorn.conf.py"), "-b", f"127.0.0.1:{port}"]
+    with (MEDIA / "server.txt").open("w") as output:
+        server = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=output)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        wait_until_ready(server, url)
+        yield url
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def wait_until_ready(server: subprocess.Popen[bytes], url: str) -> None:
+    give_up_at = time.monotonic() + START_TIMEOUT_S
+    while server.poll() is None and time.monotonic() < give_up_at:
+        try:
+            requests.get(f"{url}/api/tasks/list", timeout=5).raise_for_status()
+            return
+        except requests.ConnectionError:
+            time.sleep(0.05)
+    raise SystemExit(f"the server did not start:\n{(MEDIA / 'server.txt').read_text()}")
+
+
+def say(text: str) -> None:
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hub", action="store_true", help="use the plugins' default checkpoints from the hub")
+    use_hub = parser.parse_args().hub
+    media = draw_media()
+    n_failed = 0
+    with running_server({} if use_hub else checkpoint_settings()) as url:
+        say(f"The server answers at {url}; the pictures and the recording are in {MEDIA.relative_to(ROOT)}/.\n")
+        for example in examples(*media):
+            say(example.curl(url))
+            answer = requests.post(url + example.path, json=example.body(), timeout=REQUEST_TIMEOUT_S)
+            n_failed += not answer.ok
+            say(f"{answer.text.strip()}\n")
+    say("The server is stopped." if not n_failed else f"{n_failed} requests failed.")
+    raise SystemExit(min(n_failed, 1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Messages between the web workers and the engine: pickled objects over a Unix socket.
+
+A message is a header (how many parts, how long each), the pickle, and then the large buffers of the object (pictures,
+samples, arrays), which pickle's protocol 5 leaves outside: they go from where they lie to the socket, and from the
+socket to where they will lie, without being copied into the pickle.
+
+Unpickling runs whatever the sender wants; only sockets in a private directory may be read.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import socket
+import struct
+from typing import Any, BinaryIO, Final, cast
+
+from PIL import Image
+
+_N_PARTS: Final = struct.Struct("<I")
+_MAX_PARTS_A_CALL: Final = 512  # sendmsg takes IOV_MAX (1024) at most
+
+
+class Channel:
+    """One end of a connected socket. For one thread at a time."""
+
+    def __init__(self, connected: socket.socket) -> None:
+        self._socket = connected
+        self._reader = cast(BinaryIO, connected.makefile("rb"))
+
+    def send(self, message: Any, timeout_s: float | None = None) -> None:
+        """Send an object.
+
+        Raises:
+            PicklingError, TypeError, AttributeError: it cannot be pickled; nothing was sent.
+            TimeoutError: the other end did not take it in time; the channel can only be closed then.
+            OSError: the other end has gone.
+        """
+        buffers: list[pickle.PickleBuffer] = []
+        file = io.BytesIO()
+        _Pickler(file, protocol=5, buffer_callback=buffers.append).dump(message)
+        parts = [file.getbuffer(), *(buffer.raw() for buffer in buffers)]
+        lengths = struct.pack(f"<{len(parts)}Q", *(part.nbytes for part in parts))
+        self._socket.settimeout(timeout_s)
+        self._send_parts([memoryview(_N_PARTS.pack(len(parts)) + lengths), *parts])
+
+    def receive(self, timeout_s: float | None = None) -> Any:
+        """Wait for an object and return it.
+
+        Raises:
+            TimeoutError: it did not come in time; the channel can only be closed then.
+            EOFError, OSError: the other end has gone.
+        """
+        self._socket.settimeout(timeout_s)
+        (n_parts,) = _N_PARTS.unpack(self._read(_N_PARTS.size))
+        lengths = struct.unpack(f"<{n_parts}Q", self._read(8 * n_parts))
+        pickled, *buffers = [self._read(length) for length in lengths]
+        return pickle.loads(pickled, buffers=buffers)
+
+    def has_news(self) -> bool:
+        """Tell whether something can be read at once: a message, or the other end's end."""
+        self._socket.settimeout(0)
+        try:
+            self._socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+        return True
+
+    def close(self) -> None:
+        self._reader.close()
+        self._socket.close()
+
+    def _read(self, n_bytes: int) -> bytearray:
+        data = bytearray(n_bytes)
+        view = memoryview(data)
+        while view:
+            n = self._reader.readinto(view)  # type: ignore[attr-defined]
+            if not n:
+                raise EOFError("the other end has gone")
+            view = view[n:]
+        return data
+
+    def _send_parts(self, parts: list[memoryview]) -> None:
+        while parts:
+            n_sent = self._socket.sendmsg(parts[:_MAX_PARTS_A_CALL])
+            while parts and n_sent >= parts[0].nbytes:
+                n_sent -= parts.pop(0).nbytes
+            if n_sent:
+                parts[0] = parts[0][n_sent:]
+
+
+def connect(path: str) -> Channel:
+    """Connect to a listening Unix socket.
+
+    Raises:
+        OSError: nobody listens there.
+    """
+    client = socket.socket(socket.AF_UNIX)
+    try:
+        client.connect(path)
+    except BaseException:
+        client.close()
+        raise
+    return Channel(client)
+
+
+class _Pickler(pickle.Pickler):
+    def reducer_override(self, obj: Any) -> Any:
+        # A picture that was opened from a file is of the format's own class; only its pixels are to cross.
+        if isinstance(obj, Image.Image) and obj.mode == "RGB":
+            return _image_from, (obj.size, pickle.PickleBuffer(obj.tobytes()))
+        return NotImplemented
+
+
+def _image_from(size: tuple[int, int], pixels: Any) -> Image.Image:
+    return Image.frombytes("RGB", size, pixels)

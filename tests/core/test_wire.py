@@ -1,0 +1,98 @@
+"""Messages between processes: what arrives is what was sent, and an end that goes away is noticed."""
+
+from __future__ import annotations
+
+import pickle
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from feature_extraction_server.core.media import Audio
+from feature_extraction_server.core.wire import Channel
+
+WAIT_S = 20
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[Channel, Channel]]:
+    first, second = (Channel(end) for end in socket.socketpair())
+    yield first, second
+    first.close()
+    second.close()
+
+
+def cross(ends: tuple[Channel, Channel], message: Any) -> Any:
+    """Send from a thread of its own, since a large message waits for its reader."""
+    sender = threading.Thread(target=ends[0].send, args=(message,))
+    sender.start()
+    received = ends[1].receive(WAIT_S)
+    sender.join(WAIT_S)
+    return received
+
+
+@pytest.mark.parametrize(
+    "message",
+    [None, ("call", "blip", {"text": ["ä", ""]}, 1.5), b"", b"x" * 5_000_000, [b"y" * 100_000] * 600],
+    ids=["nothing", "a request", "no bytes", "5 MB", "600 parts"],
+)
+def test_what_is_sent_arrives(ends: tuple[Channel, Channel], message: Any) -> None:
+    assert cross(ends, message) == message
+    assert cross(ends, "next") == "next"
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
+def test_a_picture_arrives_as_it_was(ends: tuple[Channel, Channel], mode: str) -> None:
+    picture = Image.effect_noise((101, 77), 80).convert(mode)
+
+    received = cross(ends, {"image": [picture]})["image"][0]
+
+    assert (received.mode, received.size, received.tobytes()) == (picture.mode, picture.size, picture.tobytes())
+
+
+def test_a_recording_arrives_as_it_was_and_outside_the_pickle(
+    ends: tuple[Channel, Channel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audio = Audio(np.linspace(-1, 1, 1_000_000, dtype=np.float32), 16_000)
+    pickled: list[int] = []
+    loads = pickle.loads
+    monkeypatch.setattr(pickle, "loads", lambda data, **rest: pickled.append(len(data)) or loads(data, **rest))
+
+    received = cross(ends, audio)
+
+    np.testing.assert_array_equal(received.samples, audio.samples)
+    assert received.sampling_rate == 16_000
+    assert pickled[0] < 1000
+
+
+def test_what_cannot_be_pickled_is_told_before_anything_is_sent(ends: tuple[Channel, Channel]) -> None:
+    with pytest.raises((pickle.PicklingError, AttributeError, TypeError)):
+        ends[0].send(threading.Lock())
+
+    assert cross(ends, "still in step") == "still in step"
+
+
+def test_waiting_ends_when_the_other_end_goes_or_the_time_is_up(ends: tuple[Channel, Channel]) -> None:
+    with pytest.raises(TimeoutError):
+        ends[0].receive(0.01)
+
+    ends[1].close()
+
+    with pytest.raises(EOFError):
+        Channel(ends[0]._socket).receive(WAIT_S)
+
+
+def test_news_are_a_message_or_the_end(ends: tuple[Channel, Channel]) -> None:
+    assert not ends[0].has_news()
+
+    ends[1].send("message")
+    assert ends[0].has_news()
+    assert ends[0].receive(WAIT_S) == "message"
+    assert not ends[0].has_news()
+
+    ends[1].close()
+    assert ends[0].has_news()

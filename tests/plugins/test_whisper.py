@@ -1,0 +1,226 @@
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import soxr
+import torch
+
+from demo import whisper_tiny_en
+from feature_extraction_server.core.engine import Engine
+from feature_extraction_server.core.media import Audio
+from feature_extraction_server.core.settings import SettingsManager
+from feature_extraction_server.core.setup import build_engine
+from feature_extraction_server.flask.app import create_app
+from feature_extraction_server.models import whisper
+from tests.checkpoints import checkpoint
+from tests.conftest import ROOT
+from tests.plugins.asking import Ask
+
+TASK = "automated_speech_recognition"
+RATE = 16_000
+
+
+def noise(seed: int, seconds: float = 2.0) -> Any:
+    """Return loud noise, which the random checkpoint answers with text that follows from it."""
+    samples = np.random.default_rng(seed).normal(0, 0.2, round(seconds * RATE)).clip(-1, 1).astype(np.float32)
+    samples[:: seed + 2] = 0
+    return samples
+
+
+def encode(samples: Any, rate: int = RATE, format: str = "WAV", subtype: str = "FLOAT") -> str:
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format=format, subtype=subtype)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+@pytest.fixture
+def ask(asks: Callable[[str], Ask]) -> Ask:
+    return asks("whisper")
+
+
+@pytest.fixture(scope="module")
+def direct() -> Callable[..., str]:
+    """``direct(samples, **arguments)`` gives what transformers alone writes for a recording of at most 30 s."""
+    from transformers import WhisperForConditionalGeneration, WhisperProcessor
+
+    model: Any = WhisperForConditionalGeneration.from_pretrained(checkpoint("whisper"))
+    processor: Any = WhisperProcessor.from_pretrained(checkpoint("whisper"))
+
+    def transcribe(samples: Any, **arguments: Any) -> str:
+        features = processor(samples, sampling_rate=RATE, return_tensors="pt", return_attention_mask=True)
+        with torch.inference_mode():
+            tokens = model.generate(**features, **{"task": "transcribe"} | arguments)
+        text: str = processor.batch_decode(tokens, skip_special_tokens=True)[0]
+        return text.strip()
+
+    return transcribe
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_text_is_the_one_that_transformers_gives(ask: Ask, direct: Callable[..., str], seed: int) -> None:
+    answer = ask(TASK, audio=encode(noise(seed)))
+
+    assert answer == direct(noise(seed))
+    assert answer
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"language": "de"},
+        {"language": "German"},
+        {"task": "translate"},
+        {"language": "fr", "task": "translate", "num_beams": 3},
+        {"max_new_tokens": 4},
+        {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
+    ],
+    ids=str,
+)
+def test_config_reaches_the_model(ask: Ask, direct: Callable[..., str], config: dict[str, Any]) -> None:
+    answer = ask(TASK, audio=encode(noise(1)), config=config)
+
+    assert answer == direct(
+        noise(1), **config | ({"language": config["language"].lower()} if "language" in config else {})
+    )
+
+
+def test_texts_of_a_batch_are_those_of_its_recordings_alone(ask: Ask) -> None:
+    recordings = [noise(seed, seconds) for seed, seconds in enumerate((0.5, 31, 2, 0.05, 65, 5))]
+    recordings.insert(2, np.zeros(RATE, np.float32))
+
+    config = {"max_new_tokens": 30}
+
+    answers = ask(TASK, audio=[encode(samples) for samples in recordings], config=config)
+
+    assert answers == [ask(TASK, audio=encode(samples), config=config) for samples in recordings]
+    assert len(set(answers)) == 6  # the two silent ones alike
+
+
+@pytest.mark.parametrize("rate", [8_000, 44_100])
+def test_a_recording_of_another_sampling_rate_is_resampled(ask: Ask, direct: Callable[..., str], rate: int) -> None:
+    samples = soxr.resample(noise(1), RATE, rate)
+
+    answer = ask(TASK, audio=encode(np.stack([samples, samples], axis=1), rate))
+
+    assert answer == direct(np.clip(soxr.resample(np.clip(samples, -1, 1), rate, RATE), -1, 1))
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [np.zeros(100 * RATE, np.float32), np.full(RATE, 1e-4, np.float32), np.ones(1, np.float32), noise(0, 0.09)],
+    ids=["silence", "almost silence", "one sample", "too short"],
+)
+def test_silence_has_no_text(ask: Ask, samples: Any) -> None:
+    assert ask(TASK, audio=encode(samples)) == ""
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        ({"language": "klingon"}, "config.language"),
+        ({"language": 1}, "config.language"),
+        ({"task": "sing"}, "config.task"),
+        ({"return_timestamps": True}, "config.return_timestamps"),
+        ({"max_new_tokens": 441}, "config.max_new_tokens"),
+        ({"temperature": 0}, "config.temperature"),
+        ({"prompt_ids": [1]}, "config.prompt_ids"),
+    ],
+    ids=str,
+)
+def test_what_config_may_not_hold_is_named(ask: Ask, config: dict[str, Any], field: str) -> None:
+    response = ask.response(TASK, audio=encode(noise(0)), config=config)
+
+    assert response.status_code == 400
+    assert response.json["field"] == field
+
+
+def test_windows_cover_a_recording_and_are_cut_where_it_is_quiet() -> None:
+    samples = noise(0, 100)
+    quiet = [(27.0, 27.5), (51.0, 51.5), (76.0, 76.5)]
+    for begin, end in quiet:
+        samples[int(begin * RATE) : int(end * RATE)] = 0
+
+    windows = list(whisper._windows(0, Audio(samples, RATE)))
+
+    ends = np.cumsum([len(window.samples) for window in windows]) / RATE
+    np.testing.assert_array_equal(np.concatenate([window.samples for window in windows]), samples)
+    assert all(begin < cut < end for (begin, end), cut in zip(quiet, ends[:-1], strict=True))
+
+
+def test_a_long_recording_goes_through_the_model_in_batches_of_a_fixed_size(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    features = whisper._features
+
+    def record(windows: list[whisper.Window]) -> dict[str, torch.Tensor]:
+        sizes.append(len(windows))
+        return features(windows)
+
+    monkeypatch.setattr(whisper, "_features", record)
+
+    ask(TASK, audio=encode(noise(0, 600)), config={"language": "en", "max_new_tokens": 2})
+
+    assert sum(sizes) >= 20
+    assert max(sizes) == whisper.WINDOWS_A_CALL
+
+
+@pytest.fixture(scope="module")
+def real_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """An engine whose Whisper has the trained weights of tiny.en."""
+    folder = tmp_path_factory.mktemp("engine")
+    weights = whisper_tiny_en.build(ROOT / ".cache" / "checkpoints" / "whisper_tiny_en")
+    settings = {"WHISPER_CHECKPOINT": str(weights), "DEVICE": "cpu", "LOG_PATH": str(folder / "log.txt")}
+    engine = build_engine(SettingsManager(settings, folder / ".env"))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def ask_real(real_engine: Engine) -> Ask:
+    return Ask(create_app(real_engine).test_client(), "whisper")
+
+
+@pytest.mark.weights
+def test_trained_weights_understand_speech(ask_real: Ask) -> None:
+    speech = base64.b64encode(Path(whisper_tiny_en.SPEECH_FILE).read_bytes()).decode()
+
+    assert ask_real(TASK, audio=speech) == whisper_tiny_en.SPEECH_TEXT
+
+
+@pytest.mark.weights
+def test_trained_weights_understand_speech_of_more_than_a_minute(ask_real: Ask) -> None:
+    samples, rate = soundfile.read(whisper_tiny_en.SPEECH_FILE, dtype="float32")
+    long = np.concatenate([np.concatenate([samples, np.zeros(rate // 2, np.float32)])] * 4)
+
+    answer = ask_real(TASK, audio=encode(long, rate))
+
+    assert answer == " ".join([whisper_tiny_en.SPEECH_TEXT] * 4)
+
+
+@pytest.mark.weights
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [({"language": "de"}, "config.language"), ({"task": "translate"}, "config.task")],
+    ids=str,
+)
+def test_an_english_checkpoint_refuses_other_languages(ask_real: Ask, config: dict[str, Any], field: str) -> None:
+    response = ask_real.response(TASK, audio=encode(noise(0)), config=config)
+
+    assert response.status_code == 400
+    assert response.json["field"] == field
+    assert "English only" in response.json["error"]
+
+
+@pytest.mark.weights
+def test_an_english_checkpoint_takes_english(ask_real: Ask) -> None:
+    speech = base64.b64encode(Path(whisper_tiny_en.SPEECH_FILE).read_bytes()).decode()
+
+    assert ask_real(TASK, audio=speech, config={"language": "English"}) == whisper_tiny_en.SPEECH_TEXT
