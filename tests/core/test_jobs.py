@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ def run_all(queue: JobQueue, function: Callable[..., Any], max_items: int = 32) 
     """Run everything that waits and return how many calls were asked for."""
     n_batches = 0
     while pieces := queue.take(max_items):
-        Batch("model", function, pieces).run()
+        Batch("model", SimpleNamespace(**{pieces[0].job.task: function}), pieces).run()
         n_batches += 1
     return n_batches
 

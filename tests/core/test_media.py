@@ -440,8 +440,8 @@ def test_header_that_lies_about_the_length_does_no_harm(claimed: int) -> None:
     assert len(audio.samples) == min(8, claimed // 2)
 
 
-def test_header_that_claims_many_channels_does_no_harm() -> None:
-    data = wav(bytes(1024 * 1000), channels=1024, bits=8)
+def test_recording_of_many_channels_is_read_in_small_blocks() -> None:
+    data = wav(bytes(1024 * 8192), channels=1024, bits=8)
     encoded = encode(data)
 
     tracemalloc.start()
@@ -451,8 +451,8 @@ def test_header_that_claims_many_channels_does_no_harm() -> None:
     finally:
         tracemalloc.stop()
 
-    assert len(audio.samples) == 1000
-    assert peak < 32 * 2**20
+    assert len(audio.samples) == 8192
+    assert peak < 5 * len(data)
 
 
 @pytest.mark.parametrize(

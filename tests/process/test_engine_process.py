@@ -40,7 +40,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def engine_of(server: Server) -> psutil.Process:
-    return psutil.Process(server.get(STATUS).json()["pid"])
+    return psutil.Process(server.get(STATUS).json()["engine_pid"])
 
 
 def is_gone(process: psutil.Process) -> bool:
@@ -67,7 +67,7 @@ def test_all_workers_share_one_copy_of_a_model_and_one_truth_about_it(
 
     assert [answer.split(", ")[1:] for answer in answers] == [[f"call {n + 1}", "load 1"] for n in range(12)]
     assert {status["state"] for status in statuses} == {"running"}
-    assert len({status["pid"] for status in statuses}) == 1
+    assert len({status["engine_pid"] for status in statuses}) == 1
 
     server.post("/api/models/fake_slow/stop", {})
     wait_until(lambda: all(server.get(STATUS).json()["state"] == "stopped" for _ in range(6)))

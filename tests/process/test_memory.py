@@ -29,7 +29,7 @@ def test_stopping_a_model_of_1_gib_gives_its_memory_back_and_it_starts_again(
     gunicorn: Callable[..., Server], picture: str
 ) -> None:
     server = gunicorn("--preload")
-    engine = psutil.Process(server.get(STATUS).json()["pid"])
+    engine = psutil.Process(server.get(STATUS).json()["engine_pid"])
     stopped = engine.memory_info().rss
 
     for _ in range(2):

@@ -19,11 +19,11 @@ class Engine(ApplicationInterface):
 
     def __init__(self, registry: Registry, settings: ServerSettings, log_server: LogServer) -> None:
         super().__init__(registry, settings)
-        options = settings.model_options()
         self._models: dict[str, Model] = {}
         for name, module in registry.models.items():
-            consumer_type = getattr(module, "consumer_type", None) or settings.default_consumer_type.get()
+            consumer_type = settings.consumer_type(name)
             start_consumer = registry.consumers[consumer_type].start
+            options = settings.model_options(name)
             self._models[name] = Model(name, module, consumer_type, start_consumer, log_server, options)
 
     def call(self, model: str, job: Job, deadline: float) -> Any:
@@ -59,7 +59,7 @@ class Engine(ApplicationInterface):
         """Stop all models; who still runs after the grace period is left to the process's end."""
         for model in self._models.values():
             model.stop()
-        give_up_at = time.monotonic() + self.settings.model_options().stop_grace_period
+        give_up_at = time.monotonic() + self.settings.stop_grace_period
         for model in self._models.values():
             model.join(max(0, give_up_at - time.monotonic()))
 

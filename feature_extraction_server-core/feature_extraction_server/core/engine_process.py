@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import shutil
 import signal
 import socket
@@ -22,11 +21,11 @@ from typing import Any, Final
 
 from feature_extraction_server.core.engine import Engine
 from feature_extraction_server.core.engine_client import is_alive, process_start_time
-from feature_extraction_server.core.errors import ModelError, ServerError
+from feature_extraction_server.core.errors import ServerError
 from feature_extraction_server.core.jobs import Job
 from feature_extraction_server.core.settings import SettingsManager
 from feature_extraction_server.core.setup import build_engine
-from feature_extraction_server.core.wire import Channel
+from feature_extraction_server.core.wire import Channel, send_answer
 
 logger = logging.getLogger(__name__)
 
@@ -84,18 +83,14 @@ def _serve(connection: Channel, engine: Engine, ending: threading.Event) -> None
             if request == ("shutdown",):
                 ending.set()
                 threading.Event().wait()  # the process's end closes the connection, which tells the client
-            answer = _answer(engine, *request)
-            try:
-                connection.send(answer)
-            except (pickle.PicklingError, TypeError, AttributeError) as error:  # before a byte of it was sent
-                connection.send((False, ModelError(f"the model's result cannot leave the engine's process: {error}")))
+            send_answer(connection, _answer(engine, *request))
 
 
 def _answer(engine: Engine, method: str, model: str, *arguments: Any) -> tuple[bool, Any]:
     try:
         if method == "call":
             task, fields, batch_fields, positional, deadline = arguments
-            return True, _without_torch(engine.call(model, Job(task, fields, batch_fields, positional), deadline))
+            return True, engine.call(model, Job(task, fields, batch_fields, positional), deadline)
         if method == "status":
             return True, engine.status(model)
         (wait,) = arguments
@@ -106,21 +101,6 @@ def _answer(engine: Engine, method: str, model: str, *arguments: Any) -> tuple[b
     except Exception:
         logger.exception("The engine failed on a request")
         return False, ServerError("the engine failed on this request; its log says why")
-
-
-def _without_torch(result: Any) -> Any:
-    """Turn tensors, wherever they stand in a result, into NumPy arrays: web workers must not need torch."""
-    torch = sys.modules.get("torch")
-    if torch is None:
-        return result
-    if isinstance(result, torch.Tensor):
-        tensor = result.detach().cpu()
-        return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
-    if isinstance(result, (list, tuple)):
-        return [_without_torch(element) for element in result]
-    if isinstance(result, dict):
-        return {key: _without_torch(element) for key, element in result.items()}
-    return result
 
 
 if __name__ == "__main__":

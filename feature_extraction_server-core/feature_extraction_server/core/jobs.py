@@ -90,10 +90,15 @@ class Piece:
 class Batch:
     """What one call of a model's function runs. A consumer calls ``run()`` on each batch it fetches."""
 
-    def __init__(self, model: str, function: Callable[..., Any], pieces: list[Piece]) -> None:
+    def __init__(self, model: str, module: Any, pieces: list[Piece]) -> None:
+        self.module = module  # whatever has the model's functions as attributes
         self.pieces = pieces
         self._model = model
-        self._function = function
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether nobody waits for any of it any more."""
+        return all(piece.job.ended for piece in self.pieces)
 
     def run(self) -> None:
         """Call the model's function and answer the jobs. Raises nothing, whatever the function raises."""
@@ -136,7 +141,7 @@ class Batch:
             key: [item for piece in pieces for item in piece.job.batched[key][piece.start : piece.stop]]
             for key in first.batched
         }
-        return self._function(*first.positional, **batched, **first.shared)
+        return getattr(self.module, first.task)(*first.positional, **batched, **first.shared)
 
 
 class JobQueue:

@@ -63,6 +63,7 @@ class ModelOptions:
     max_batch_size: int = 32
     stop_grace_period: float = 30
     load_retry_delay: float = 10
+    n_replicas: int = 1
 
 
 class ModelRun:
@@ -74,9 +75,12 @@ class ModelRun:
 
     def __init__(self, model: Model, queue: JobQueue) -> None:
         self.name: Final = model.name
+        self.options: Final = model.options
+        self.module: Any = model.module  # what has the model's functions; a consumer may put something in its place
         self.queue: Final = queue
         # Accepted and not yet answered, the ones in a batch included.
         self.jobs: Final[set[Job]] = {job for job in queue if not job.ended}
+        self.pids: Callable[[], list[int]] = lambda: [os.getpid()]  # where the model lives
         self.loaded = False
         self.ended = False
         self.handle: ConsumerHandle | None = None
@@ -84,11 +88,16 @@ class ModelRun:
         self._model = model
         self._globals_before: dict[str, Any] = {}
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether the model is to go on running: it was not stopped, and has not failed."""
+        return not self.ended and self._model.state is not State.STOPPING
+
     def load_model(self) -> None:
         """Load the model. A failure is recorded and logged, not raised: ``fetch_jobs`` then ends at once."""
         if not self._model._begin_loading(self):
             return
-        module = self._model.module
+        module = self.module
         self._globals_before = dict(vars(module))
         started = time.monotonic()
         failure = None
@@ -124,7 +133,7 @@ class ModelRun:
         self._model._run_ended(self, reason)
 
     def _unload(self) -> None:
-        unload_model = getattr(self._model.module, "unload_model", None)
+        unload_model = getattr(self.module, "unload_model", None)
         try:
             if unload_model is not None:
                 unload_model()
@@ -138,7 +147,7 @@ class ModelRun:
 
     def _drop_globals(self) -> None:
         """Give the module's globals the values that they had before ``load_model`` set them."""
-        namespace = vars(self._model.module)
+        namespace = vars(self.module)
         for name, value in list(namespace.items()):
             if name not in self._globals_before:
                 del namespace[name]
@@ -171,7 +180,7 @@ class Model:
         self.consumer_type: Final = consumer_type
         self._start_consumer = start_consumer
         self._log_server = log_server
-        self._options = options or ModelOptions()
+        self.options: Final = options or ModelOptions()
         self._changed = threading.Condition(threading.Lock())
         self._state = State.STOPPED
         self._error: str | None = None
@@ -221,7 +230,7 @@ class Model:
             run = self._start_locked()
             # A stopping model takes no more into this life: the job waits for the next one.
             queue = self._next_queue if self._state is State.STOPPING else self._current_run().queue
-            accepted = len(queue) < self._options.max_queue_size
+            accepted = len(queue) < self.options.max_queue_size
             if accepted:
                 queue.put(job)
             if accepted and queue is not self._next_queue:
@@ -230,7 +239,7 @@ class Model:
         self._launch(run)
         if not accepted:
             raise QueueFull(
-                f"the queue of the model {self.name} is full: {self._options.max_queue_size} jobs wait already "
+                f"the queue of the model {self.name} is full: {self.options.max_queue_size} jobs wait already "
                 "(MAX_QUEUE_SIZE)",
                 retry_after=1,
             )
@@ -248,7 +257,7 @@ class Model:
         try:
             while (remaining := deadline - time.monotonic()) > 0:
                 try:
-                    return job.future.result(timeout=min(self._options.result_check_interval, remaining))
+                    return job.future.result(timeout=min(self.options.result_check_interval, remaining))
                 except TimeoutError:
                     self.notice_dead_consumer()
             raise DeadlineExceeded(f"the model {self.name} gave no answer in time (REQUEST_TIMEOUT)")
@@ -267,14 +276,14 @@ class Model:
             self.notice_dead_consumer()
             with self._changed:
                 if self._changed.wait_for(
-                    lambda: self._state in states, min(self._options.result_check_interval, remaining)
+                    lambda: self._state in states, min(self.options.result_check_interval, remaining)
                 ):
                     return self._state
         raise DeadlineExceeded(f"the model {self.name} is still {self._state} (REQUEST_TIMEOUT)")
 
     def status(self) -> dict[str, Any]:
         """Return the model's state as a JSON-ready dict; ``load_seconds`` is how long its last
-        load took, ``pid`` the engine's process."""
+        load took, ``pids`` the processes it runs in, ``engine_pid`` the one that has its queue."""
         self.notice_dead_consumer()
         with self._changed:
             n_waiting = len(self._run.queue) if self._run else 0
@@ -287,8 +296,17 @@ class Model:
                 "running_jobs": max(0, n_accepted - n_waiting),
                 "consumer_type": self.consumer_type,
                 "load_seconds": self._load_seconds,
-                "pid": os.getpid(),
+                "pids": self._run.pids() if self._run and not self._run.ended else [],
+                "engine_pid": os.getpid(),
             }
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    @property
+    def state(self) -> State:
+        return self._state
 
     def join(self, timeout: float) -> None:
         """Wait at most ``timeout`` seconds until the consumer is gone."""
@@ -328,19 +346,19 @@ class Model:
                 return
             run.ended = True
             jobs, run_next = self._leave(run, reason)
-            self._retry_at = time.monotonic() + self._options.load_retry_delay
+            self._retry_at = time.monotonic() + self.options.load_retry_delay
         self._fail(jobs, ModelLoadFailed(reason))
         self._launch(run_next)
 
     def _next_batch(self, run: ModelRun) -> Batch | None:
         with self._changed:
             while not run.ended:
-                if pieces := run.queue.take(self._options.max_batch_size):
-                    function = getattr(self.module, pieces[0].job.task)
-                    return Batch(self.name, function, pieces)
-                if self._state is State.STOPPING:
+                if pieces := run.queue.take(self.options.max_batch_size):
+                    return Batch(self.name, run.module, pieces)
+                if self._state is State.STOPPING and all(job.ended for job in run.jobs):
                     return None
-                self._changed.wait()
+                # A consumer may run several batches at a time: those of a stopping model are waited for.
+                self._changed.wait(self.options.result_check_interval if self._state is State.STOPPING else None)
             return None
 
     def _claim_end(self, run: ModelRun) -> bool:
@@ -358,7 +376,7 @@ class Model:
             while_loading = self._state in (State.STARTING, State.LOADING)
             jobs, run_next = self._leave(run, message)
             if while_loading:
-                self._retry_at = time.monotonic() + self._options.load_retry_delay
+                self._retry_at = time.monotonic() + self.options.load_retry_delay
         self._fail(jobs, ModelUnavailable(message))
         self._launch(run_next)
 
@@ -403,7 +421,7 @@ class Model:
         self._changed.notify_all()
 
     def _set_grace_timer(self, run: ModelRun) -> None:
-        run.grace_timer = threading.Timer(self._options.stop_grace_period, self._end_grace, [run])
+        run.grace_timer = threading.Timer(self.options.stop_grace_period, self._end_grace, [run])
         run.grace_timer.daemon = True
         run.grace_timer.start()
 

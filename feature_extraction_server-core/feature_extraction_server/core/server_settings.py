@@ -19,6 +19,7 @@ class ServerSettings:
 
     def __init__(self, settings: SettingsManager, registry: Registry) -> None:
         add = settings.add_setting
+        self._registry = registry
         broken_models = [name for kind, name in registry.errors if kind == "models"]
         self._preload = add(
             name="PRELOAD_MODELS", type=str, default="", description="Models to start at boot, separated by commas"
@@ -41,13 +42,33 @@ class ServerSettings:
             )
             for task in sorted(registry.tasks)
         }
-        self.default_consumer_type: Setting[str] = add(
+        self._default_consumer_type = add(
             name="DEFAULT_CONSUMER_TYPE",
             type=str,
             default="single_thread_consumer",
             choices=sorted(registry.consumers),
             description="The consumer type of models that do not specify one",
         )
+        self._consumer_types = {
+            model: add(
+                name=f"{model.upper()}_CONSUMER_TYPE",
+                type=str,
+                default=None,
+                choices=sorted(registry.consumers),
+                description=f"The consumer type of the model {model}, in place of what the model itself specifies",
+            )
+            for model in sorted(registry.models)
+        }
+        self._n_replicas = {
+            model: add(
+                name=f"MODEL_REPLICAS_{model.upper()}",
+                type=int,
+                default=1,
+                minimum=1,
+                description=f"Processes of the model {model}, which share its queue; for process_consumer",
+            )
+            for model in sorted(registry.models)
+        }
         self.request_timeout: Setting[float] = add(
             name="REQUEST_TIMEOUT",
             type=float,
@@ -139,9 +160,20 @@ class ServerSettings:
         name: str | None = self._default_models[task].get()
         return name
 
-    def model_options(self) -> ModelOptions:
-        """Return how models are run."""
-        return ModelOptions(**{name: setting.get() for name, setting in self._options.items()})
+    def consumer_type(self, model: str) -> str:
+        """Return which consumer runs a model: as set for it, as the model specifies, or the default."""
+        own = getattr(self._registry.models[model], "consumer_type", None)
+        return str(self._consumer_types[model].get() or own or self._default_consumer_type.get())
+
+    def model_options(self, model: str) -> ModelOptions:
+        """Return how a model is run."""
+        options = {name: setting.get() for name, setting in self._options.items()}
+        return ModelOptions(n_replicas=self._n_replicas[model].get(), **options)
+
+    @property
+    def stop_grace_period(self) -> float:
+        """Seconds that the accepted jobs of a stopped model may take to finish."""
+        return float(self._options["stop_grace_period"].get())
 
     def limits(self) -> Limits:
         """Return what one request may ask for."""

@@ -11,11 +11,15 @@ from __future__ import annotations
 
 import io
 import pickle
+import select
 import socket
 import struct
+import sys
 from typing import Any, BinaryIO, Final, cast
 
 from PIL import Image
+
+from feature_extraction_server.core.errors import ModelError
 
 _N_PARTS: Final = struct.Struct("<I")
 _MAX_PARTS_A_CALL: Final = 512  # sendmsg takes IOV_MAX (1024) at most
@@ -68,6 +72,12 @@ class Channel:
             return True
         return True
 
+    def wait_for_news(self, timeout_s: float) -> bool:
+        """Wait until something can be read, as ``has_news`` tells, or the time is up; tell which."""
+        poll = select.poll()
+        poll.register(self._socket, select.POLLIN)
+        return bool(poll.poll(1000 * timeout_s))
+
     def close(self) -> None:
         self._reader.close()
         self._socket.close()
@@ -104,6 +114,34 @@ def connect(path: str) -> Channel:
         client.close()
         raise
     return Channel(client)
+
+
+def send_answer(channel: Channel, answer: tuple[bool, Any]) -> None:
+    """Send whether a call succeeded, and its result or its error; tensors in the result become NumPy arrays.
+
+    Raises:
+        OSError: the other end has gone.
+    """
+    succeeded, result = answer
+    try:
+        channel.send((succeeded, _without_torch(result)))
+    except (pickle.PicklingError, TypeError, AttributeError) as error:  # before a byte of it was sent
+        channel.send((False, ModelError(f"the model's result cannot leave its process: {error}")))
+
+
+def _without_torch(result: Any) -> Any:
+    """Turn tensors, wherever they stand in a result, into NumPy arrays: not every process should need torch."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return result
+    if isinstance(result, torch.Tensor):
+        tensor = result.detach().cpu()
+        return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
+    if isinstance(result, (list, tuple)):
+        return [_without_torch(element) for element in result]
+    if isinstance(result, dict):
+        return {key: _without_torch(element) for key, element in result.items()}
+    return result
 
 
 class _Pickler(pickle.Pickler):

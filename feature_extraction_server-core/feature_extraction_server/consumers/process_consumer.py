@@ -1,0 +1,99 @@
+"""A consumer whose model lives in processes of its own: one, or as many as MODEL_REPLICAS_{MODEL} says.
+
+A process that dies costs the requests that it works on a 503, and is replaced at once; the others go on.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from feature_extraction_server.core.errors import ServerError
+from feature_extraction_server.core.jobs import Batch
+from feature_extraction_server.core.logs import LogServer
+from feature_extraction_server.core.model import ModelRun
+from feature_extraction_server.core.model_process import ModelProcess
+
+logger = logging.getLogger(__name__)
+
+
+def start(model: ModelRun, log_server: LogServer) -> threading.Thread:
+    """Start the thread that hands the model's jobs to its processes, and return it."""
+    thread = threading.Thread(target=_consume, args=(model, log_server), name=f"consumer-{model.name}", daemon=True)
+    thread.start()
+    return thread
+
+
+class Replicas:
+    """Several processes of one model, loaded and unloaded together."""
+
+    def __init__(self, model: ModelRun) -> None:
+        n = model.options.n_replicas
+        interval_s = model.options.result_check_interval
+        self.processes = [ModelProcess(model.name, replica, interval_s) for replica in range(n)]
+
+    def load_model(self) -> None:
+        for process in self.processes:
+            process.spawn()
+        try:
+            self._with_all(ModelProcess.load_model)
+        except BaseException:
+            self.unload_model()
+            raise
+
+    def unload_model(self) -> None:
+        self._with_all(ModelProcess.unload_model)
+
+    def pids(self) -> list[int]:
+        """Return the processes' numbers."""
+        return [process.pid for process in self.processes if process.pid is not None]
+
+    def _with_all(self, function: Callable[[ModelProcess], None]) -> None:
+        with ThreadPoolExecutor(len(self.processes)) as pool:
+            list(pool.map(function, self.processes))
+
+
+def _consume(model: ModelRun, log_server: LogServer) -> None:
+    log_server.configure_worker()
+    replicas = Replicas(model)
+    model.module = replicas
+    model.pids = replicas.pids
+    model.load_model()
+    free: queue.SimpleQueue[ModelProcess] = queue.SimpleQueue()
+    for process in replicas.processes:
+        free.put(process)
+
+    def run(process: ModelProcess, job: Batch) -> None:
+        job.module = process
+        process.is_wanted = lambda: not job.abandoned
+        try:
+            _replace_if_dead(model, process)  # it may have died while there was nothing to do
+            job.run()
+            _replace_if_dead(model, process)
+        finally:
+            free.put(process)
+
+    jobs = model.fetch_jobs()
+    with ThreadPoolExecutor(len(replicas.processes), f"replica-{model.name}") as pool:
+        # Jobs are fetched only when a process is free: what waits until then goes out as one batch.
+        process = free.get()
+        for job in jobs:
+            pool.submit(run, process, job)
+            process = free.get()
+
+
+def _replace_if_dead(model: ModelRun, process: ModelProcess) -> None:
+    """Start a process anew that has died. Where that fails, the model has failed."""
+    if process.is_alive or not model.is_wanted:
+        return
+    logger.error("A process of the model %s died and is replaced", model.name)
+    is_wanted, process.is_wanted = process.is_wanted, lambda: True
+    try:
+        process.unload_model()
+        process.load_model()
+    except ServerError as error:
+        model.end(f"its process died, and another could not be started: {error.message}")
+    process.is_wanted = is_wanted

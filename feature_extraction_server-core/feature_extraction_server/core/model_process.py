@@ -1,0 +1,177 @@
+"""A model in a process of its own, so that one which crashes, leaks or holds the GIL harms nobody else.
+
+``ModelProcess`` stands in for the model's module: its functions run in the process. The process is
+
+    python -m feature_extraction_server.core.model_process SOCKET MODEL
+
+and ends when the socket's other end is closed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any, Final
+
+from feature_extraction_server.core.errors import ModelError, ModelLoadFailed, ModelUnavailable, ServerError
+from feature_extraction_server.core.plugins import NAMESPACE
+from feature_extraction_server.core.settings import SettingsManager
+from feature_extraction_server.core.setup import set_up
+from feature_extraction_server.core.wire import Channel, send_answer
+
+logger = logging.getLogger(__name__)
+
+MODULE: Final = "feature_extraction_server.core.model_process"
+#: The environment variable that tells a process which of its model's replicas it is.
+REPLICA_VARIABLE: Final = "MODEL_REPLICA"
+PR_SET_PDEATHSIG: Final = 1  # of prctl(2)
+END_TIMEOUT_S: Final = 10.0
+
+
+class ModelProcess:
+    """A model's module in a process of its own: ``load_model`` starts the process, ``unload_model`` ends it.
+
+    Any other attribute is the module's function of that name: calling it runs it in the process. For one thread.
+
+    Args:
+        model: the model plugin's name.
+        replica: which of several processes of the model this is.
+        check_interval_s: how often ``is_wanted`` is asked during a call.
+    """
+
+    def __init__(self, model: str, replica: int, check_interval_s: float) -> None:
+        self.is_wanted: Callable[[], bool] = lambda: True
+        self._model = model
+        self._replica = replica
+        self._check_interval_s = check_interval_s
+        self._process: subprocess.Popen[bytes] | None = None
+        self._channel: Channel | None = None
+
+    @property
+    def is_alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    def spawn(self) -> None:
+        """Start the process, from a thread that lives as long as it should: where threads end, Linux ends it too."""
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-P", "-m", MODULE, str(theirs.fileno()), self._model]
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            REPLICA_VARIABLE: str(self._replica),
+        }
+        with theirs:
+            self._process = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
+            )
+        self._channel = Channel(ours)
+
+    def load_model(self) -> None:
+        """Load the model in the process, which is started where there is none.
+
+        Raises:
+            ServerError: the model could not be loaded, or the process died of it. The process is ended then.
+        """
+        if self._process is None:
+            self.spawn()
+        try:
+            self._call("load_model")
+        except BaseException:
+            self.unload_model()
+            raise
+
+    def unload_model(self) -> None:
+        """Have the process unload the model and end; kill it if it takes longer than ``END_TIMEOUT_S``."""
+        if self._process is None or self._channel is None:
+            return
+        self._channel.close()
+        try:
+            self._process.wait(END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            logger.warning("The process of the model %s does not end and is killed", self._model)
+            self._kill()
+        self._process = self._channel = None
+
+    def __getattr__(self, function: str) -> Callable[..., Any]:
+        return lambda *positional, **arguments: self._call(function, *positional, **arguments)
+
+    def _call(self, function: str, *positional: Any, **arguments: Any) -> Any:
+        if self._channel is None:
+            raise ModelUnavailable(f"the model {self._model} has no process")
+        try:
+            self._channel.send((function, positional, arguments))
+            while not self._channel.wait_for_news(self._check_interval_s):
+                if not self.is_wanted():
+                    logger.error("Nobody waits for the model %s any more; its process is killed", self._model)
+                    self._kill()
+            succeeded, answer = self._channel.receive()
+        except (OSError, EOFError):
+            raise ModelUnavailable(f"the process of the model {self._model} died ({self._how_it_died()})") from None
+        if not succeeded:
+            raise answer
+        return answer
+
+    def _kill(self) -> None:
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+    def _how_it_died(self) -> str:
+        assert self._process is not None
+        try:
+            status = self._process.wait(END_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            return "it closed its connection"
+        return f"exit status {status}" if status >= 0 else signal.Signals(-status).name
+
+
+def main(file_descriptor: int, model: str) -> None:
+    """Load a model when asked and run its functions, until the other end has gone."""
+    if sys.platform == "linux":  # a model that hangs in native code would not notice that the engine has gone
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # As in the engine: who ends all processes of a service at once ends the web workers first of all.
+    for ignored in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
+    channel = Channel(socket.socket(fileno=file_descriptor))
+    set_up(SettingsManager(), kinds=("consumers", "tasks", "models"))
+    module = importlib.import_module(f"{NAMESPACE}.models.{model}")
+    try:
+        while True:
+            function, positional, arguments = channel.receive()
+            answer = _run(model, getattr(module, function), positional, arguments)
+            del positional, arguments  # an idle model holds on to no client's images
+            send_answer(channel, answer)
+    except (EOFError, OSError):
+        pass
+    unload_model = getattr(module, "unload_model", None)
+    if unload_model is not None:
+        unload_model()
+    logging.shutdown()
+    os._exit(0)  # threads of libraries must not keep it
+
+
+def _run(model: str, function: Callable[..., Any], positional: Any, arguments: Any) -> tuple[bool, Any]:
+    try:
+        return True, function(*positional, **arguments)
+    except ServerError as error:
+        return False, error.with_traceback(None)
+    except BaseException as error:  # SystemExit too: whatever a model raises is its job's error
+        logger.exception("The model %s failed in %s", model, function.__name__)
+        reason = f"{type(error).__name__}: {error}"
+        if function.__name__ == "load_model":
+            return False, ModelLoadFailed(reason)
+        return False, ModelError(f"the model {model} failed: {reason}")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])

@@ -1,0 +1,216 @@
+"""Models in processes of their own: what dies there harms nobody else."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import psutil
+import pytest
+from flask.testing import FlaskClient
+from PIL import Image
+
+from feature_extraction_server.core.engine import Engine
+from feature_extraction_server.flask.app import create_app
+from tests.conftest import Server, encode_image
+
+pytestmark = pytest.mark.process
+
+WAIT_S = 20
+MODEL = "fake_fragile"
+PATH = f"/api/models/{MODEL}/tasks/image_captioning/features"
+Build = Callable[..., Engine]
+
+
+@pytest.fixture
+def client(build: Build) -> FlaskClient:
+    return create_app(build(RESULT_CHECK_INTERVAL="0.02")).test_client()
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(16) as executor:
+        yield executor
+
+
+def body(width: int) -> dict[str, str]:
+    return {"image": encode_image(Image.new("RGB", (width, 9)))}
+
+
+def ask(client: FlaskClient, width: int) -> Any:
+    return client.post(PATH, json=body(width))
+
+
+def status(client: FlaskClient) -> dict[str, Any]:
+    answer: dict[str, Any] = client.get(f"/api/models/{MODEL}/status").json
+    return answer
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_the_model_runs_in_a_process_of_its_own_which_ends_with_it(client: FlaskClient) -> None:
+    (caption,) = ask(client, 40).json
+    (pid,) = status(client)["pids"]
+    assert caption == f"width 40 in process {pid}"
+    assert pid != os.getpid()
+
+    client.post(f"/api/models/{MODEL}/stop")
+
+    wait_until(lambda: status(client)["state"] == "stopped")
+    assert not psutil.pid_exists(pid)
+    assert status(client)["pids"] == []
+    assert ask(client, 40).status_code == 200
+
+
+@pytest.mark.parametrize(("width", "reason"), [(2, "exit status 3"), (3, "SIGSEGV")], ids=["os._exit", "segfault"])
+def test_a_process_that_dies_costs_its_request_a_503_and_is_replaced(
+    client: FlaskClient, width: int, reason: str
+) -> None:
+    ask(client, 40)
+    (pid,) = status(client)["pids"]
+
+    response = ask(client, width)
+
+    assert response.status_code == 503
+    assert response.json["code"] == "model_unavailable"
+    assert reason in response.json["error"]
+    assert ask(client, 40).status_code == 200
+    assert status(client)["state"] == "running"
+    assert status(client)["pids"] != [pid]
+
+
+@pytest.mark.parametrize(("width", "reason"), [(5, "five pixels wide"), (6, "six pixels wide")], ids=["raise", "exit"])
+def test_what_a_function_raises_is_its_requests_error_and_the_process_lives(
+    client: FlaskClient, width: int, reason: str
+) -> None:
+    ask(client, 40)
+    before = status(client)["pids"]
+
+    response = ask(client, width)
+
+    assert response.status_code == 500
+    assert reason in response.json["error"]
+    assert status(client)["pids"] == before
+
+
+def test_a_model_that_hangs_is_a_504_and_its_process_is_replaced(build: Build) -> None:
+    client = create_app(build(REQUEST_TIMEOUT="1", RESULT_CHECK_INTERVAL="0.02")).test_client()
+    client.application.test_client().post(f"/api/models/{MODEL}/start")
+    wait_until(lambda: status(client)["state"] == "running")
+    (pid,) = status(client)["pids"]
+
+    response = ask(client, 4)
+
+    assert response.status_code == 504
+    wait_until(lambda: not psutil.pid_exists(pid))
+    wait_until(lambda: bool(status(client)["pids"]))
+    assert ask(client, 40).status_code == 200
+
+
+def test_a_process_that_dies_while_there_is_nothing_to_do_is_replaced_unnoticed(client: FlaskClient) -> None:
+    ask(client, 40)
+    (pid,) = status(client)["pids"]
+
+    os.kill(pid, signal.SIGKILL)
+
+    assert ask(client, 40).status_code == 200
+    assert status(client)["pids"] != [pid]
+
+
+@pytest.mark.parametrize(
+    ("variable", "reason"), [("FAKE_FRAGILE_FAILS", "no weights here"), ("FAKE_FRAGILE_DIES", "exit status 7")]
+)
+def test_a_load_that_fails_is_a_503_with_the_reason(
+    client: FlaskClient, monkeypatch: pytest.MonkeyPatch, variable: str, reason: str
+) -> None:
+    monkeypatch.setenv(variable, "1")
+
+    response = ask(client, 40)
+
+    assert response.status_code == 503
+    assert response.json["code"] == "model_load_failed"
+    assert reason in response.json["error"]
+    assert status(client)["state"] == "failed"
+    assert psutil.Process().children() == []
+
+
+def test_a_process_that_cannot_be_replaced_makes_the_model_fail_until_it_is_started_again(
+    client: FlaskClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask(client, 40)
+    with monkeypatch.context() as patch:
+        patch.setenv("FAKE_FRAGILE_FAILS", "1")
+        assert ask(client, 2).status_code == 503
+        wait_until(lambda: status(client)["state"] == "failed")
+        assert "no weights here" in status(client)["error"]
+
+    assert ask(client, 40).status_code == 200
+
+
+def test_replicas_share_the_queue_and_one_that_dies_leaves_the_others_at_work(
+    build: Build, pool: ThreadPoolExecutor
+) -> None:
+    engine = build(MODEL_REPLICAS_FAKE_FRAGILE="3", MAX_BATCH_SIZE="1", RESULT_CHECK_INTERVAL="0.02")
+    client = create_app(engine).test_client()
+    ask(client, 40)
+    assert len(set(status(client)["pids"])) == 3
+
+    answers = [pool.submit(ask, create_app(engine).test_client(), 2 if n == 4 else 7) for n in range(10)]
+
+    codes = [answer.result(WAIT_S).status_code for answer in answers]
+    captions = {tuple(answer.result().json) for answer in answers if answer.result().status_code == 200}
+    assert codes.count(200) == 9
+    assert codes[4] == 503
+    assert len(captions) >= 3
+    wait_until(lambda: len(status(client)["pids"]) == 3)
+
+
+def test_stopping_lets_all_replicas_finish(build: Build, pool: ThreadPoolExecutor) -> None:
+    engine = build(MODEL_REPLICAS_FAKE_FRAGILE="2", MAX_BATCH_SIZE="1")
+    client = create_app(engine).test_client()
+    ask(client, 40)
+    answers = [pool.submit(ask, create_app(engine).test_client(), 7) for _ in range(6)]
+    wait_until(lambda: status(client)["running_jobs"] == 2)
+
+    client.post(f"/api/models/{MODEL}/stop")
+
+    accepted = [answer.result(WAIT_S).status_code for answer in answers]
+    assert accepted == [200] * 6
+    wait_until(lambda: status(client)["state"] in ("stopped", "running"))  # a late request starts it again
+
+
+def test_the_consumer_type_of_any_model_can_be_set(build: Build, picture: str) -> None:
+    client = create_app(build(FAKE_ECHO_CONSUMER_TYPE="process_consumer")).test_client()
+
+    answer = client.post("/api/models/fake_echo/tasks/image_captioning/features", json={"image": picture})
+
+    assert answer.json == ["40x30 (255, 0, 0)"]
+    assert client.get("/api/models/fake_echo/status").json["consumer_type"] == "process_consumer"
+    assert client.get("/api/models/fake_echo/status").json["pids"] != [os.getpid()]
+
+
+@pytest.mark.parametrize("width", [40, 4], ids=["idle", "hung"])
+def test_the_processes_of_a_killed_engine_end(gunicorn: Callable[..., Server], width: int) -> None:
+    server = gunicorn("--preload", "-k", "gthread", "--threads", "4", REQUEST_TIMEOUT="2")
+    server.post(PATH, body(40))
+    if width == 4:
+        with ThreadPoolExecutor(1) as executor:
+            executor.submit(server.post, PATH, body(4))
+            wait_until(lambda: server.get(f"/api/models/{MODEL}/status").json()["running_jobs"] == 1)
+            found = server.get(f"/api/models/{MODEL}/status").json()
+            os.kill(found["engine_pid"], signal.SIGKILL)
+    else:
+        found = server.get(f"/api/models/{MODEL}/status").json()
+        os.kill(found["engine_pid"], signal.SIGKILL)
+
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in found["pids"]))
+    assert server.post(PATH, body(40)).status_code == 200
