@@ -118,7 +118,7 @@ def _place_boxes(rng: random.Random, size: tuple[int, int], count: int) -> list[
     """Choose ``count`` square boxes inside the picture that keep apart from each other."""
     width, height = size
     shorter = min(size)
-    smallest, largest = (0.25, 0.65) if count == 1 else (0.22, 0.42)
+    smallest, largest = (0.3, 0.7) if count == 1 else (0.22, 0.42)
     while True:
         boxes: list[Box] = []
         for _ in range(50):

@@ -55,8 +55,10 @@ from demo.shapes import COLOURS, GROUNDS, SHAPES, TEST_SEED, Truth, draw_shape, 
 
 logger = logging.getLogger(__name__)
 
-SIDE = 64  # of the pictures the captioning and classifying models see
-PATCH = 8
+SIDE = 72  # of the pictures the captioning models see
+PATCH = 12
+CLASSIFIER_SIDE = 64
+CLASSIFIER_PATCH = 8
 DETECTOR_SIDE = 96
 DETECTOR_PATCH = 12
 WIDTH = 96  # of the transformers' hidden states
@@ -99,6 +101,27 @@ QUESTIONS = (
 )
 
 
+@dataclass(frozen=True)
+class Run:
+    """How a checkpoint is to be trained: where it is, for how long, on which pictures, from where on."""
+
+    folder: Path
+    steps: int
+    pictures: int
+    resume: bool = False
+
+    @property
+    def seeds(self) -> range:
+        """Return the training pictures' seeds: others than before when training goes on."""
+        first = self.pictures if self.resume else 0
+        return range(first, first + self.pictures)
+
+    @property
+    def rate(self) -> float:
+        """Return the highest learning rate."""
+        return 3e-4 if self.resume else 1e-3
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Pictures
 
@@ -113,9 +136,13 @@ class Pool:
     mean: Tensor
     std: Tensor
 
-    def batch(self, indices: Tensor) -> Tensor:
-        """Return the chosen pictures' pixel values as the image processor would have made them."""
-        return (self.pixels[indices].float() / 255 - self.mean) / self.std
+    def batch(self, indices: Tensor, mirror: bool = True) -> Tensor:
+        """Return the chosen pictures' pixel values as the image processor would have made them.
+
+        With ``mirror`` half of the batches are mirrored left to right, which changes no shape.
+        """
+        pixels = (self.pixels[indices].float() / 255 - self.mean) / self.std
+        return pixels.flip(-1) if mirror and torch.rand(()) < 0.5 else pixels
 
 
 def picture(seed: int, several: bool = False) -> tuple[Image.Image, tuple[Truth, ...]]:
@@ -127,10 +154,10 @@ def picture(seed: int, several: bool = False) -> tuple[Image.Image, tuple[Truth,
     return image, (truth,)
 
 
-def training_pool(image_processor: Any, count: int, several: bool = False) -> Pool:
+def training_pool(image_processor: Any, seeds: range, several: bool = False) -> Pool:
     """Draw the training pictures and resize them as the image processor does."""
     pixels, truths, sizes = [], [], []
-    for seed in range(count):
+    for seed in seeds:
         image, truth = picture(seed, several)
         values = image_processor(image, do_rescale=False, do_normalize=False, return_tensors="pt").pixel_values
         pixels.append(values.to(torch.uint8))
@@ -140,7 +167,7 @@ def training_pool(image_processor: Any, count: int, several: bool = False) -> Po
     return Pool(torch.cat(pixels), truths, sizes, mean, std)
 
 
-def test_pictures(several: bool = False, count: int = TEST_PICTURES) -> list[tuple[Image.Image, tuple[Truth, ...]]]:
+def held_out_pictures(several: bool = False, count: int = TEST_PICTURES) -> list[tuple[Image.Image, tuple[Truth, ...]]]:
     """Draw the pictures that nothing is trained on."""
     return [picture(seed, several) for seed in range(TEST_SEED, TEST_SEED + count)]
 
@@ -204,13 +231,13 @@ def nonsense(rng: random.Random) -> str:
 # Training and storing
 
 
-def fit(model: nn.Module, pool: Pool, steps: int, loss_of: Callable[[Tensor], Tensor], rate: float = 1e-3) -> None:
+def fit(model: nn.Module, pool: Pool, run: Run, loss_of: Callable[[Tensor], Tensor]) -> None:
     """Train a model; ``loss_of`` is given the numbers of the pictures of a batch."""
     torch.manual_seed(0)
     model.train()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps, pct_start=0.1)
-    for step in range(steps):
+    optimiser = torch.optim.AdamW(model.parameters(), lr=run.rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, run.rate, total_steps=run.steps, pct_start=0.1)
+    for step in range(run.steps):
         loss = loss_of(torch.randint(len(pool.truths), (BATCH,)))
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -218,7 +245,7 @@ def fit(model: nn.Module, pool: Pool, steps: int, loss_of: Callable[[Tensor], Te
         optimiser.step()
         schedule.step()
         if step % 100 == 99:
-            logger.info("%s: step %d of %d, loss %.4f", type(model).__name__, step + 1, steps, loss.item())
+            logger.info("%s: step %d of %d, loss %.4f", type(model).__name__, step + 1, run.steps, loss.item())
     model.eval()
 
 
@@ -250,7 +277,10 @@ def build_blip() -> tuple[Any, Any]:
     """Return an untrained BLIP model and its processor."""
     vocabulary = word_pieces()
     tokenizer = BertTokenizer(
-        vocab=vocabulary, bos_token="[DEC]", additional_special_tokens=["[ENC]"], model_max_length=48
+        vocab=vocabulary,
+        bos_token="[DEC]",  # noqa: S106
+        additional_special_tokens=["[ENC]"],
+        model_max_length=48,
     )
     layers = {"hidden_size": WIDTH, "num_attention_heads": 4, "intermediate_size": 2 * WIDTH}
     config = BlipConfig(
@@ -281,6 +311,11 @@ def build_blip() -> tuple[Any, Any]:
     return BlipForConditionalGeneration(config), processor
 
 
+def load_blip(folder: Path) -> tuple[Any, Any]:
+    """Return the trained model and its processor."""
+    return BlipForConditionalGeneration.from_pretrained(folder), BlipProcessor.from_pretrained(folder)
+
+
 def blip_text(truth: Truth, rng: random.Random) -> tuple[str, str]:
     """Return a prompt and how the text goes on from there; half of the time there is no prompt."""
     kind = rng.random()
@@ -299,10 +334,10 @@ def blip_text(truth: Truth, rng: random.Random) -> tuple[str, str]:
     return start, end
 
 
-def train_blip(folder: Path, steps: int, pictures: int) -> None:
+def train_blip(run: Run) -> None:
     """Train the captioning model that can be given the beginning of the caption."""
-    model, processor = build_blip()
-    pool = training_pool(processor.image_processor, pictures)
+    model, processor = load_blip(run.folder) if run.resume else build_blip()
+    pool = training_pool(processor.image_processor, run.seeds)
     tokenizer, text = processor.tokenizer, model.config.text_config
     rng = random.Random(0)
 
@@ -321,15 +356,14 @@ def train_blip(folder: Path, steps: int, pictures: int) -> None:
         ).loss
         return loss
 
-    fit(model, pool, steps, loss_of)
-    store(folder, model, processor)
+    fit(model, pool, run, loss_of)
+    store(run.folder, model, processor)
 
 
 def measure_blip(folder: Path) -> dict[str, float]:
     """Return the share of right captions, without and with different beginnings."""
-    model: Any = BlipForConditionalGeneration.from_pretrained(folder)
-    processor: Any = BlipProcessor.from_pretrained(folder)
-    pictures = test_pictures()
+    model, processor = load_blip(folder)
+    pictures = held_out_pictures()
     images, truths = [image for image, _ in pictures], [truth for _, (truth,) in pictures]
     accuracies = {}
     cases = {
@@ -390,10 +424,16 @@ def build_vit_gpt2() -> tuple[Any, Any, Any]:
     return model, ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}), tokenizer
 
 
-def train_vit_gpt2(folder: Path, steps: int, pictures: int) -> None:
+def load_vit_gpt2(folder: Path) -> tuple[Any, Any, Any]:
+    """Return the trained model, its image processor and its tokenizer."""
+    model: Any = VisionEncoderDecoderModel.from_pretrained(folder)
+    return model, ViTImageProcessorPil.from_pretrained(folder), GPT2Tokenizer.from_pretrained(folder)
+
+
+def train_vit_gpt2(run: Run) -> None:
     """Train the captioning model that takes nothing but a picture."""
-    model, image_processor, tokenizer = build_vit_gpt2()
-    pool = training_pool(image_processor, pictures)
+    model, image_processor, tokenizer = load_vit_gpt2(run.folder) if run.resume else build_vit_gpt2()
+    pool = training_pool(image_processor, run.seeds)
 
     def loss_of(indices: Tensor) -> Tensor:
         captions = [pool.truths[index][0].caption + tokenizer.eos_token for index in indices.tolist()]
@@ -402,18 +442,16 @@ def train_vit_gpt2(folder: Path, steps: int, pictures: int) -> None:
         loss: Tensor = model(pixel_values=pool.batch(indices), labels=labels).loss
         return loss
 
-    fit(model, pool, steps, loss_of)
-    store(folder, model, image_processor, tokenizer)
+    fit(model, pool, run, loss_of)
+    store(run.folder, model, image_processor, tokenizer)
 
 
 def measure_vit_gpt2(folder: Path) -> dict[str, float]:
     """Return the share of right captions."""
-    model: Any = VisionEncoderDecoderModel.from_pretrained(folder)
-    image_processor: Any = ViTImageProcessorPil.from_pretrained(folder)
-    tokenizer: Any = GPT2Tokenizer.from_pretrained(folder)
-    pictures = test_pictures()
+    model, image_processor, tokenizer = load_vit_gpt2(folder)
+    pictures = held_out_pictures()
     pixels = image_processor([image for image, _ in pictures], return_tensors="pt").pixel_values
-    captions = tokenizer.batch_decode(model.generate(pixels, max_new_tokens=20), skip_special_tokens=True)
+    captions = tokenizer.batch_decode(model.generate(pixel_values=pixels, max_new_tokens=20), skip_special_tokens=True)
     return {"captions": caption_accuracy(captions, [truth.caption for _, (truth,) in pictures])}
 
 
@@ -441,14 +479,19 @@ def build_clip() -> tuple[Any, Any]:
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         },
-        vision_config={**layers, "num_hidden_layers": 3, "image_size": SIDE, "patch_size": PATCH},
+        vision_config={**layers, "num_hidden_layers": 3, "image_size": CLASSIFIER_SIDE, "patch_size": CLASSIFIER_PATCH},
         projection_dim=64,
     )
     # The whole picture is resized, where CLIP would cut off what is outside the middle square.
-    square = {"height": SIDE, "width": SIDE}
+    square = {"height": CLASSIFIER_SIDE, "width": CLASSIFIER_SIDE}
     image_processor = CLIPImageProcessorPil(size=square, crop_size=square)
     processor = CLIPProcessor(image_processor, tokenizer)  # type: ignore[no-untyped-call]
     return CLIPModel(config), processor
+
+
+def load_clip(folder: Path) -> tuple[Any, Any]:
+    """Return the trained model and its processor."""
+    return CLIPModel.from_pretrained(folder), CLIPProcessor.from_pretrained(folder)
 
 
 @dataclass(frozen=True)
@@ -484,10 +527,10 @@ def ground_queries() -> list[Query]:
     return queries
 
 
-def train_clip(folder: Path, steps: int, pictures: int) -> None:
+def train_clip(run: Run) -> None:
     """Train the classifying model: each true text of a picture against all texts that are not true."""
-    model, processor = build_clip()
-    pool = training_pool(processor.image_processor, pictures)
+    model, processor = load_clip(run.folder) if run.resume else build_clip()
+    pool = training_pool(processor.image_processor, run.seeds)
     queries = shape_queries() + ground_queries()
     right = torch.tensor([[query.holds(truth) for query in queries] for (truth,) in pool.truths])
     rng = random.Random(0)
@@ -501,15 +544,14 @@ def train_clip(folder: Path, steps: int, pictures: int) -> None:
         wrong = logits.masked_fill(true, -torch.inf).logsumexp(dim=1, keepdim=True)
         return functional.softplus(wrong - logits)[true].mean()
 
-    fit(model, pool, steps, loss_of)
-    store(folder, model, processor)
+    fit(model, pool, run, loss_of)
+    store(run.folder, model, processor)
 
 
 def measure_clip(folder: Path) -> dict[str, float]:
     """Return the share of pictures for which the right class comes first, and comes with more than 0.9."""
-    model: Any = CLIPModel.from_pretrained(folder)
-    processor: Any = CLIPProcessor.from_pretrained(folder)
-    pictures = test_pictures()
+    model, processor = load_clip(folder)
+    pictures = held_out_pictures()
     truths = [truth for _, (truth,) in pictures]
     labels = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
     cases: dict[str, tuple[Sequence[str], Callable[[Truth], str]]] = {
@@ -538,7 +580,7 @@ def measure_clip(folder: Path) -> dict[str, float]:
 
 def build_owlvit() -> tuple[Any, Any]:
     """Return an untrained OWL-ViT model and its processor."""
-    tokenizer = clip_tokenizer(16, pad_token="!")
+    tokenizer = clip_tokenizer(16, pad_token="!")  # noqa: S106
     layers = {"hidden_size": WIDTH, "num_attention_heads": 4, "intermediate_size": 2 * WIDTH}
     config = OwlViTConfig(
         text_config={
@@ -554,11 +596,27 @@ def build_owlvit() -> tuple[Any, Any]:
         projection_dim=WIDTH,
     )
     model: Any = OwlViTForObjectDetection(config)
-    nn.init.constant_(model.class_head.logit_scale.bias, 10.0)
-    nn.init.constant_(model.class_head.logit_shift.bias, -0.8)
+    start_owlvit_heads(model)
     square = {"height": DETECTOR_SIDE, "width": DETECTOR_SIDE}
     image_processor = OwlViTImageProcessorPil(size=square, crop_size=square)
     return model, OwlViTProcessor(image_processor, tokenizer)  # type: ignore[no-untyped-call]
+
+
+def load_owlvit(folder: Path) -> tuple[Any, Any]:
+    """Return the trained model and its processor."""
+    return OwlViTForObjectDetection.from_pretrained(folder), OwlViTProcessor.from_pretrained(folder)
+
+
+def start_owlvit_heads(model: Any) -> None:
+    """Start the heads from small weights; those they are built with are far too large to learn from."""
+    for head in (model.class_head, model.box_head):
+        for layer in (module for module in head.modules() if isinstance(module, nn.Linear)):
+            nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
+            nn.init.zeros_(layer.bias)
+    for layer, bias in ((model.class_head.logit_scale, 10.0), (model.class_head.logit_shift, -0.7)):
+        nn.init.normal_(layer.weight, std=0.01)
+        nn.init.constant_(layer.bias, bias)
+    nn.init.normal_(model.box_head.dense2.weight, std=0.01)
 
 
 @dataclass(frozen=True)
@@ -637,10 +695,10 @@ def detection_loss(logits: Tensor, boxes: Tensor, targets: Targets) -> Tensor:
     return (entropy * focus).sum() / wanted.sum() + (5 * distance + 2 * (1 - generalised)).mean()
 
 
-def train_owlvit(folder: Path, steps: int, pictures: int) -> None:
+def train_owlvit(run: Run) -> None:
     """Train the detecting model; one patch near the shape's centre answers for each shape."""
-    model, processor = build_owlvit()
-    pool = training_pool(processor.image_processor, pictures, several=True)
+    model, processor = load_owlvit(run.folder) if run.resume else build_owlvit()
+    pool = training_pool(processor.image_processor, run.seeds, several=True)
     queries = [Query("shape"), Query("object"), *shape_queries()]
     everything = Targets.of(pool, queries)
     rng = random.Random(0)
@@ -650,27 +708,26 @@ def train_owlvit(folder: Path, steps: int, pictures: int) -> None:
         texts = [rng.choice(TEMPLATES).format(text) for text in texts] + [" "]
         tokens = processor.tokenizer(texts, padding="max_length", return_tensors="pt")
         text_embeds = model.owlvit.text_projection(model.owlvit.text_model(**tokens).pooler_output)
-        feature_map, _ = model.image_embedder(pool.batch(indices))
+        feature_map, _ = model.image_embedder(pool.batch(indices, mirror=False))
         features = feature_map.flatten(1, 2)
         logits, _ = model.class_predictor(features, text_embeds.expand(len(indices), -1, -1))
         boxes = model.box_predictor(features, feature_map)
         chosen = Targets(everything.boxes[indices], everything.present[indices], everything.right[indices])
         return detection_loss(logits, boxes, chosen)
 
-    fit(model, pool, steps, loss_of)
-    store(folder, model, processor)
+    fit(model, pool, run, loss_of)
+    store(run.folder, model, processor)
 
 
 def measure_owlvit(folder: Path) -> dict[str, float]:
     """Return how well the shapes of the test pictures are found."""
-    model: Any = OwlViTForObjectDetection.from_pretrained(folder)
-    processor: Any = OwlViTProcessor.from_pretrained(folder)
+    model, processor = load_owlvit(folder)
     labels = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
     accuracies = {}
     for name, texts in {"shapes": list(SHAPES), "all twelve": [f"a photo of a {label}" for label in labels]}.items():
         ratios: list[float] = []
         missed = spurious = low = 0
-        for image, truths in test_pictures(several=True):
+        for image, truths in held_out_pictures(several=True):
             inputs = processor(text=[texts], images=image, return_tensors="pt")
             with torch.inference_mode():
                 outputs = model(**inputs)
@@ -712,10 +769,10 @@ def build_blip2() -> tuple[Any, Any]:
     tokenizer = GPT2Tokenizer(
         vocab=vocabulary,
         merges=merges,
-        bos_token="</s>",
-        eos_token="</s>",
-        unk_token="</s>",
-        pad_token="<pad>",
+        bos_token="</s>",  # noqa: S106
+        eos_token="</s>",  # noqa: S106
+        unk_token="</s>",  # noqa: S106
+        pad_token="<pad>",  # noqa: S106
         add_bos_token=True,
         padding_side="left",
         model_max_length=64,
@@ -757,12 +814,17 @@ def build_blip2() -> tuple[Any, Any]:
             "pad_token_id": tokenizer.pad_token_id,
         },
         num_query_tokens=IMAGE_TOKENS,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=tokenizer.get_vocab()["<image>"],
         image_text_hidden_size=WIDTH,
     )
     model: Any = Blip2ForConditionalGeneration(config)
     nn.init.normal_(model.query_tokens, std=0.5)  # they start as zeros, and would all stay the same
     return model, processor
+
+
+def load_blip2(folder: Path) -> tuple[Any, Any]:
+    """Return the trained model and its processor."""
+    return Blip2ForConditionalGeneration.from_pretrained(folder), Blip2Processor.from_pretrained(folder)
 
 
 def blip2_text(truth: Truth, rng: random.Random) -> tuple[str, str]:
@@ -780,10 +842,10 @@ def blip2_text(truth: Truth, rng: random.Random) -> tuple[str, str]:
     return " ".join(words[:known]), " " + " ".join(words[known:])
 
 
-def train_blip2(folder: Path, steps: int, pictures: int) -> None:
+def train_blip2(run: Run) -> None:
     """Train the captioning model that can be asked questions."""
-    model, processor = build_blip2()
-    pool = training_pool(processor.image_processor, pictures)
+    model, processor = load_blip2(run.folder) if run.resume else build_blip2()
+    pool = training_pool(processor.image_processor, run.seeds)
     tokenizer, image_token = processor.tokenizer, model.config.image_token_id
     rng = random.Random(0)
 
@@ -803,15 +865,14 @@ def train_blip2(folder: Path, steps: int, pictures: int) -> None:
         ).loss
         return loss
 
-    fit(model, pool, steps, loss_of)
-    store(folder, model, processor)
+    fit(model, pool, run, loss_of)
+    store(run.folder, model, processor)
 
 
 def measure_blip2(folder: Path) -> dict[str, float]:
     """Return the share of right captions and answers."""
-    model: Any = Blip2ForConditionalGeneration.from_pretrained(folder)
-    processor: Any = Blip2Processor.from_pretrained(folder)
-    pictures = test_pictures()
+    model, processor = load_blip2(folder)
+    pictures = held_out_pictures()
     images, truths = [image for image, _ in pictures], [truth for _, (truth,) in pictures]
     cases = {"": "{caption}", "a photo of": "{caption}"}
     cases |= {f"Question: {question} Answer:": answer for question, answer in QUESTIONS}
@@ -832,17 +893,17 @@ def measure_blip2(folder: Path) -> dict[str, float]:
 class Recipe:
     """How a checkpoint is made: its functions, the number of training steps and of training pictures."""
 
-    train: Callable[[Path, int, int], None]
+    train: Callable[[Run], None]
     measure: Callable[[Path], dict[str, float]]
     steps: int
     pictures: int
 
 
 RECIPES = {
-    "blip": Recipe(train_blip, measure_blip, 2000, 12000),
-    "blip2": Recipe(train_blip2, measure_blip2, 2000, 12000),
-    "vit_gpt2": Recipe(train_vit_gpt2, measure_vit_gpt2, 1500, 12000),
-    "clip_vit_large_patch14": Recipe(train_clip, measure_clip, 1500, 12000),
+    "blip": Recipe(train_blip, measure_blip, 1800, 24000),
+    "blip2": Recipe(train_blip2, measure_blip2, 2000, 24000),
+    "vit_gpt2": Recipe(train_vit_gpt2, measure_vit_gpt2, 2000, 24000),
+    "clip_vit_large_patch14": Recipe(train_clip, measure_clip, 1500, 24000),
     "owlvit_base_patch32": Recipe(train_owlvit, measure_owlvit, 3000, 16000),
 }
 
@@ -853,6 +914,8 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="name", help=f"checkpoints: {', '.join(RECIPES)} (default: all)")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "checkpoints", help="output folder")
     parser.add_argument("--steps", type=int, help="number of training steps, for a quick trial")
+    parser.add_argument("--pictures", type=int, help="number of training pictures")
+    parser.add_argument("--resume", action="store_true", help="train the stored checkpoints further, on other pictures")
     parser.add_argument("--test-only", action="store_true", help="only measure the checkpoints there are")
     arguments = parser.parse_args()
     unknown = set(arguments.names) - set(RECIPES)
@@ -865,10 +928,11 @@ def main() -> None:
         start = time.monotonic()
         if not arguments.test_only:
             torch.manual_seed(0)
-            recipe.train(folder, arguments.steps or recipe.steps, recipe.pictures)
-            print(f"{name}: trained in {time.monotonic() - start:.0f} s")
+            steps, pictures = arguments.steps or recipe.steps, arguments.pictures or recipe.pictures
+            recipe.train(Run(folder, steps, pictures, arguments.resume))
+            print(f"{name}: trained in {time.monotonic() - start:.0f} s")  # noqa: T201
         for case, share in recipe.measure(folder).items():
-            print(f"{name}: {case}: {share:.4f}")
+            print(f"{name}: {case}: {share:.4f}")  # noqa: T201
 
 
 if __name__ == "__main__":

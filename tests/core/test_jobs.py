@@ -136,7 +136,7 @@ def test_an_error_that_blames_the_client_stays_as_it_is() -> None:
     assert caught.value.field == "text"
 
 
-@pytest.mark.parametrize("results", [[], [1, 2], None, 5], ids=repr)
+@pytest.mark.parametrize("results", [[], [1, 2], None, 5, "a", {"a": 1}], ids=repr)
 def test_a_wrong_number_of_results_is_the_models_error(results: Any) -> None:
     waiting = job(1)
 

@@ -472,3 +472,29 @@ def test_starts_stops_and_requests_from_many_threads_lose_no_job(
     model.stop()
     wait_for(model, State.STOPPED)
     assert model.status()["running_jobs"] == 0
+
+
+def test_a_model_without_requests_stops_itself_and_starts_again(make: Callable[..., Model], fake: Fake) -> None:
+    model = make(ModelOptions(idle_timeout=0.05))
+    assert ask(model, 1) == [1]
+
+    wait_for(model, State.STOPPED)
+
+    assert "weights" not in vars(fake.module)
+    assert ask(model, 2) == [2]
+
+
+def test_a_model_at_work_is_not_idle_however_long_it_takes(
+    make: Callable[..., Model], fake: Fake, pool: ThreadPoolExecutor
+) -> None:
+    model = make(ModelOptions(idle_timeout=0.05, result_check_interval=0.01))
+    fake.may_run.clear()
+    answer = pool.submit(ask, model, 1)
+    assert fake.called.acquire(timeout=WAIT_S)
+
+    with pytest.raises(DeadlineExceeded):
+        model.wait_for_state([State.STOPPING, State.STOPPED], time.monotonic() + 0.3)
+
+    fake.may_run.set()
+    assert answer.result(WAIT_S) == [1]
+    wait_for(model, State.STOPPED)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 from feature_extraction_server.core.application import ApplicationInterface
-from feature_extraction_server.core.errors import ModelLoadFailed, ModelUnavailable
+from feature_extraction_server.core.errors import DeadlineExceeded, ModelLoadFailed, ModelUnavailable, ServerError
 from feature_extraction_server.core.jobs import Job
 from feature_extraction_server.core.logs import LogServer
 from feature_extraction_server.core.model import Model, State
 from feature_extraction_server.core.plugins import Registry
 from feature_extraction_server.core.server_settings import ServerSettings
+
+logger = logging.getLogger(__name__)
 
 
 class Engine(ApplicationInterface):
@@ -19,6 +24,8 @@ class Engine(ApplicationInterface):
 
     def __init__(self, registry: Registry, settings: ServerSettings, log_server: LogServer) -> None:
         super().__init__(registry, settings)
+        self._max_loaded = settings.max_loaded_models.get()
+        self._starting = threading.Lock()  # one model starts at a time where MAX_LOADED_MODELS is set
         self._models: dict[str, Model] = {}
         for name, module in registry.models.items():
             consumer_type = settings.consumer_type(name)
@@ -27,11 +34,21 @@ class Engine(ApplicationInterface):
             self._models[name] = Model(name, module, consumer_type, start_consumer, log_server, options)
 
     def call(self, model: str, job: Job, deadline: float) -> Any:
+        if self._max_loaded and not self._models[model].is_active:
+            self._start_in_turn(model, deadline)
         self._models[model].submit(job)
         return self._models[model].wait(job, deadline)
 
     def start(self, model: str, *, wait: bool = False) -> None:
-        self._model(model).start()
+        if not self._max_loaded or self._model(model).is_active:
+            self._model(model).start()
+        elif wait:
+            self._start_in_turn(model, self._deadline())
+        else:  # making room takes a while, and nobody waits for it
+            starter = threading.Thread(
+                target=self._try_to_start_in_turn, args=(model,), name=f"start-{model}", daemon=True
+            )
+            starter.start()
         if not wait:
             return
         ends = (State.RUNNING, State.FAILED, State.STOPPED)
@@ -53,7 +70,7 @@ class Engine(ApplicationInterface):
         """Start the models that PRELOAD_MODELS names, but those whose plugin is left out."""
         for name in self.settings.preload_models():
             if name in self._models:
-                self._models[name].start()
+                self.start(name)
 
     def close(self) -> None:
         """Stop all models; who still runs after the grace period is left to the process's end."""
@@ -62,6 +79,46 @@ class Engine(ApplicationInterface):
         give_up_at = time.monotonic() + self.settings.stop_grace_period
         for model in self._models.values():
             model.join(max(0, give_up_at - time.monotonic()))
+
+    def _start_in_turn(self, name: str, deadline: float) -> None:
+        """Start a model when fewer than MAX_LOADED_MODELS others are loaded, and stop idle ones to that end.
+
+        Raises:
+            ModelUnavailable: too many are loaded, and none of them was idle before the deadline.
+        """
+        busy = ModelUnavailable(
+            f"the model {name} cannot be loaded: {self._max_loaded} models are loaded and at work (MAX_LOADED_MODELS)",
+            retry_after=1,
+        )
+        if not self._starting.acquire(timeout=max(0, deadline - time.monotonic())):
+            raise busy
+        try:
+            while not self._models[name].is_active and not self._make_room(name, deadline):
+                if time.monotonic() >= deadline:
+                    raise busy
+                time.sleep(min(self._models[name].options.result_check_interval, max(0, deadline - time.monotonic())))
+            self._models[name].start()
+        finally:
+            self._starting.release()
+
+    def _make_room(self, name: str, deadline: float) -> bool:
+        """Tell whether there is room for one more model; if there is not, stop the one that was idle longest."""
+        active = [model for model in self._models.values() if model.is_active and model.name != name]
+        if len(active) < self._max_loaded:
+            return True
+        idle = [(since, model.name) for model in active if (since := model.idle_since) is not None]
+        if idle:
+            _, longest = min(idle)
+            self._models[longest].stop()
+            with suppress(DeadlineExceeded):  # the caller looks at the time
+                self._models[longest].wait_for_state(set(State) - {State.STOPPING}, deadline)
+        return False
+
+    def _try_to_start_in_turn(self, name: str) -> None:
+        try:
+            self._start_in_turn(name, self._deadline())
+        except ServerError as error:
+            logger.warning("The model %s was not started: %s", name, error.message)
 
     def _model(self, name: str) -> Model:
         self.require_model(name)

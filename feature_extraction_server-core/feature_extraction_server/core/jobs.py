@@ -120,7 +120,7 @@ class Batch:
         n_items = sum(piece.stop - piece.start for piece in pieces)
         try:
             results = self._call(pieces)
-            results = list(results) if pieces[0].job.batched else [results]
+            results = self._as_list(results) if pieces[0].job.batched else [results]
             if len(results) != n_items:
                 raise ModelError(f"the model {self._model} gave {len(results)} results for {n_items} items")
         except ServerError as error:
@@ -134,6 +134,13 @@ class Batch:
             piece.job.succeed(piece.start, results[:n])
             results = results[n:]
         return None
+
+    def _as_list(self, results: Any) -> list[Any]:
+        if isinstance(results, (str, bytes, dict)):  # their characters and keys would pass for results
+            raise ModelError(
+                f"the model {self._model} gave a {type(results).__name__}, not a list with one result an item"
+            )
+        return list(results)
 
     def _call(self, pieces: list[Piece]) -> Any:
         first = pieces[0].job

@@ -63,6 +63,7 @@ class ModelOptions:
     max_batch_size: int = 32
     stop_grace_period: float = 30
     load_retry_delay: float = 10
+    idle_timeout: float = 0  # never
     n_replicas: int = 1
 
 
@@ -186,6 +187,7 @@ class Model:
         self._error: str | None = None
         self._retry_at = 0.0
         self._load_seconds: float | None = None
+        self._last_used = time.monotonic()
         self._run: ModelRun | None = None
         self._restart = False
         self._next_queue = JobQueue()  # the jobs that came while stopping: they wait for the next run
@@ -232,6 +234,7 @@ class Model:
             queue = self._next_queue if self._state is State.STOPPING else self._current_run().queue
             accepted = len(queue) < self.options.max_queue_size
             if accepted:
+                self._last_used = time.monotonic()
                 queue.put(job)
             if accepted and queue is not self._next_queue:
                 self._current_run().jobs.add(job)
@@ -305,8 +308,17 @@ class Model:
         return self._state
 
     @property
-    def state(self) -> State:
-        return self._state
+    def is_active(self) -> bool:
+        """Whether the model is loaded, is about to be, or is not yet unloaded."""
+        return self._state not in (State.STOPPED, State.FAILED)
+
+    @property
+    def idle_since(self) -> float | None:
+        """When the model last had a job, on the clock of ``time.monotonic()``; None unless it runs and has none."""
+        with self._changed:
+            run = self._run
+            idle = self._state is State.RUNNING and run is not None and all(job.ended for job in run.jobs)
+            return self._last_used if idle else None
 
     def join(self, timeout: float) -> None:
         """Wait at most ``timeout`` seconds until the consumer is gone."""
@@ -335,6 +347,7 @@ class Model:
 
     def _load_succeeded(self, run: ModelRun, seconds: float) -> None:
         with self._changed:
+            self._last_used = time.monotonic()
             self._load_seconds = round(seconds, 3)
             if self._state is State.LOADING:
                 self._set_state(State.RUNNING)
@@ -355,10 +368,14 @@ class Model:
             while not run.ended:
                 if pieces := run.queue.take(self.options.max_batch_size):
                     return Batch(self.name, run.module, pieces)
-                if self._state is State.STOPPING and all(job.ended for job in run.jobs):
-                    return None
+                if all(job.ended for job in run.jobs):
+                    if self._state is State.RUNNING and self._idle_seconds_left() <= 0:
+                        self._set_state(State.STOPPING)
+                    if self._state is State.STOPPING:
+                        return None
                 # A consumer may run several batches at a time: those of a stopping model are waited for.
-                self._changed.wait(self.options.result_check_interval if self._state is State.STOPPING else None)
+                stopping = self._state is State.STOPPING
+                self._changed.wait(self.options.result_check_interval if stopping else self._idle_seconds_left())
             return None
 
     def _claim_end(self, run: ModelRun) -> bool:
@@ -414,6 +431,14 @@ class Model:
         assert self._run is not None
         return self._run
 
+    def _idle_seconds_left(self) -> float:
+        """Return after how many seconds without a job the model is to stop, at least a moment while it has one."""
+        if not self.options.idle_timeout:
+            return threading.TIMEOUT_MAX
+        if self._run is not None and not all(job.ended for job in self._run.jobs):
+            return self.options.idle_timeout
+        return self._last_used + self.options.idle_timeout - time.monotonic()
+
     def _set_state(self, state: State, error: str | None = None) -> None:
         logger.info("The model %s is %s", self.name, state)
         self._state = state
@@ -446,6 +471,7 @@ class Model:
 
     def _forget(self, job: Job) -> None:
         with self._changed:
+            self._last_used = time.monotonic()
             if self._run is not None:
                 self._run.jobs.discard(job)
 

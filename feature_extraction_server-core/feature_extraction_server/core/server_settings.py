@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from feature_extraction_server.core.errors import SettingError
 from feature_extraction_server.core.model import ModelOptions
 from feature_extraction_server.core.plugins import Registry
 from feature_extraction_server.core.settings import Setting, SettingsManager
 from feature_extraction_server.core.task import Limits
+
+#: Longer than anybody waits, and short enough for every clock and timer.
+MAX_SECONDS: Final = 1e8
 
 
 class ServerSettings:
@@ -74,7 +77,15 @@ class ServerSettings:
             type=float,
             default=600.0,
             minimum=0.001,
+            maximum=MAX_SECONDS,
             description="Seconds after which a request is answered with an error, loading included",
+        )
+        self.max_loaded_models: Setting[int] = add(
+            name="MAX_LOADED_MODELS",
+            type=int,
+            default=0,
+            minimum=0,
+            description="Models that may be loaded at a time: the one idle longest makes room; 0 means any number",
         )
         self.max_content_length: Setting[int] = add(
             name="MAX_CONTENT_LENGTH",
@@ -95,6 +106,7 @@ class ServerSettings:
                 type=float,
                 default=defaults.result_check_interval,
                 minimum=0.001,
+                maximum=MAX_SECONDS,
                 description="Seconds between checks, while a request waits, that its model's consumer is alive; "
                 "a result is handed over at once, whatever this is",
             ),
@@ -117,6 +129,7 @@ class ServerSettings:
                 type=float,
                 default=defaults.stop_grace_period,
                 minimum=0,
+                maximum=MAX_SECONDS,
                 description="Seconds that the accepted jobs of a stopped model may take to finish",
             ),
             "load_retry_delay": add(
@@ -124,7 +137,16 @@ class ServerSettings:
                 type=float,
                 default=defaults.load_retry_delay,
                 minimum=0,
+                maximum=MAX_SECONDS,
                 description="Seconds before a request makes a model that failed to load try again",
+            ),
+            "idle_timeout": add(
+                name="MODEL_IDLE_TIMEOUT",
+                type=float,
+                default=float(defaults.idle_timeout),
+                minimum=0,
+                maximum=MAX_SECONDS,
+                description="Seconds without a request after which a model is stopped; 0 means never",
             ),
         }
 
@@ -144,6 +166,7 @@ class ServerSettings:
                 type=float,
                 default=float(defaults.max_audio_seconds),
                 minimum=0.001,
+                maximum=MAX_SECONDS,
                 description="Seconds that a recording may have",
             ),
             "max_items": add(

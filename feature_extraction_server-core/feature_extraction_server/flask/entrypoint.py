@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
+from typing import Final
 
 from flask import Flask
 
@@ -13,6 +14,9 @@ from feature_extraction_server.core.settings import SettingsManager
 from feature_extraction_server.core.setup import set_up
 from feature_extraction_server.flask.app import create_app
 
+#: The exit status of a worker at which gunicorn gives up (``Arbiter.APP_LOAD_ERROR``).
+GUNICORN_APP_LOAD_ERROR: Final = 4
+
 
 def entrypoint() -> Flask:
     """Return the WSGI app. Settings come from the environment and ``.env``.
@@ -20,8 +24,12 @@ def entrypoint() -> Flask:
     The models live in an engine process, one for all workers of a gunicorn, with and without ``--preload``. No
     thread is started here, since it would not outlive the fork of the workers.
     """
-    registry, settings, _ = set_up(SettingsManager())
     in_worker = _called_by_gunicorn_worker()
+    try:
+        registry, settings, _ = set_up(SettingsManager())
+    except SystemExit as error:
+        # gunicorn starts a worker that ends with another status again, for ever.
+        raise SystemExit(GUNICORN_APP_LOAD_ERROR if in_worker else error.code) from None
     engine = EngineClient(registry, settings, owner_pid=os.getppid() if in_worker else os.getpid())
     atexit.register(engine.close)
     engine.preload()

@@ -1,8 +1,9 @@
 """The task object detection: where in an image which objects are."""
 
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any
 
 from pydantic import Field
+from typing_extensions import TypedDict
 
 from feature_extraction_server.core.task import ConfigField, FiniteFloat, ImageField, Probability, TaskSpec
 

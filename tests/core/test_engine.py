@@ -1,0 +1,127 @@
+"""The engine over several models: who may be loaded at a time, and who makes room."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from feature_extraction_server.core.engine import Engine
+from feature_extraction_server.core.errors import ModelUnavailable
+
+WAIT_S = 20
+MODEL = """
+import threading
+may_run = threading.Event()
+may_run.set()
+called = threading.Event()
+
+def load_model():
+    pass
+
+def image_captioning(image, config):
+    called.set()
+    assert may_run.wait(20)
+    return [["done"] for _ in image]
+"""
+Build = Callable[..., Engine]
+
+
+@pytest.fixture
+def three(plugin: Callable[[str, str, str], None]) -> list[str]:
+    """Three models that answer when the test lets them."""
+    names = ["room_a", "room_b", "room_c"]
+    for name in names:
+        plugin("models", name, MODEL)
+    return names
+
+
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(16) as executor:
+        yield executor
+
+
+def ask(engine: Engine, model: str, picture: str) -> Any:
+    return engine.run("image_captioning", model, {"image": picture})
+
+
+def states(engine: Engine, names: list[str]) -> list[str]:
+    return [engine.status(name)["state"] for name in names]
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_the_model_that_was_idle_longest_makes_room(build: Build, three: list[str], picture: str) -> None:
+    engine = build(MAX_LOADED_MODELS="2")
+    ask(engine, "room_a", picture)
+    ask(engine, "room_b", picture)
+    ask(engine, "room_a", picture)
+
+    ask(engine, "room_c", picture)
+
+    assert states(engine, three) == ["running", "stopped", "running"]
+
+
+def test_a_start_makes_room_too_and_returns_at_once(build: Build, three: list[str], picture: str) -> None:
+    engine = build(MAX_LOADED_MODELS="1")
+    ask(engine, "room_a", picture)
+
+    engine.start("room_b")
+
+    wait_until(lambda: states(engine, three) == ["stopped", "running", "stopped"])
+
+
+def test_a_request_waits_until_a_model_at_work_is_idle(
+    build: Build, three: list[str], picture: str, pool: ThreadPoolExecutor
+) -> None:
+    engine = build(MAX_LOADED_MODELS="1", RESULT_CHECK_INTERVAL="0.01")
+    busy = engine.registry.models["room_a"]
+    busy.may_run.clear()
+    first = pool.submit(ask, engine, "room_a", picture)
+    assert busy.called.wait(WAIT_S)
+
+    second = pool.submit(ask, engine, "room_b", picture)
+    assert states(engine, three) == ["running", "stopped", "stopped"]
+    busy.may_run.set()
+
+    assert first.result(WAIT_S) == ["done"]
+    assert second.result(WAIT_S) == ["done"]
+    assert states(engine, three) == ["stopped", "running", "stopped"]
+
+
+def test_no_room_in_time_is_an_error_that_says_so(
+    build: Build, three: list[str], picture: str, pool: ThreadPoolExecutor
+) -> None:
+    engine = build(MAX_LOADED_MODELS="1", RESULT_CHECK_INTERVAL="0.01", REQUEST_TIMEOUT="0.3")
+    busy = engine.registry.models["room_a"]
+    busy.may_run.clear()
+    pool.submit(ask, engine, "room_a", picture)
+    assert busy.called.wait(WAIT_S)
+
+    with pytest.raises(ModelUnavailable, match="MAX_LOADED_MODELS"):
+        ask(engine, "room_b", picture)
+
+    busy.may_run.set()
+
+
+def test_never_more_than_allowed_are_loaded_and_every_request_is_answered(
+    build: Build, three: list[str], picture: str, pool: ThreadPoolExecutor
+) -> None:
+    engine = build(MAX_LOADED_MODELS="2", RESULT_CHECK_INTERVAL="0.01")
+    most = 0
+
+    answers = [pool.submit(ask, engine, three[n % 3], picture) for n in range(60)]
+    while not all(answer.done() for answer in answers):
+        most = max(most, sum(state in ("loading", "running") for state in states(engine, three)))
+
+    assert [answer.result(WAIT_S) for answer in answers] == [["done"]] * 60
+    assert most <= 2
