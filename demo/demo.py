@@ -59,7 +59,7 @@ class Example:
         """Return the command that a user would type in the checkout's folder."""
         key, file = self.media
         rest = "".join(f", {json.dumps(name)}: {json.dumps(value)}" for name, value in self.rest.items())
-        fill_in = f"printf '{{\"{key}\": \"%s\"{rest}}}' \"$(base64 -w0 {file.relative_to(ROOT)})\""
+        fill_in = f'printf \'{{"{key}": "%s"{rest}}}\' "$(base64 -w0 {file.relative_to(ROOT)})"'
         return f"{fill_in} |\n  curl -s {url}{self.path} -H 'Content-Type: application/json' -d @-"
 
 

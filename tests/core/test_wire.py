@@ -60,7 +60,12 @@ def test_a_recording_arrives_as_it_was_and_outside_the_pickle(
     audio = Audio(np.linspace(-1, 1, 1_000_000, dtype=np.float32), 16_000)
     pickled: list[int] = []
     loads = pickle.loads
-    monkeypatch.setattr(pickle, "loads", lambda data, **rest: pickled.append(len(data)) or loads(data, **rest))
+
+    def record(data: bytearray, **rest: Any) -> Any:
+        pickled.append(len(data))
+        return loads(data, **rest)
+
+    monkeypatch.setattr(pickle, "loads", record)
 
     received = cross(ends, audio)
 

@@ -347,7 +347,8 @@ def test_bad_setting_ends_gunicorn_before_it_listens(tmp_path: Path) -> None:
 
     assert result.returncode == 2
     assert result.stderr == (
-        "feature_extraction_server: REQUEST_TIMEOUT='never' is not allowed: it must be a number from 0.001 to 100000000\n"
+        "feature_extraction_server: REQUEST_TIMEOUT='never' is not allowed: "
+        "it must be a number from 0.001 to 100000000\n"
     )
 
 

@@ -45,9 +45,10 @@ def ask(client: FlaskClient, width: int) -> Any:
     return client.post(PATH, json=body(width))
 
 
-def status(client: FlaskClient) -> dict[str, Any]:
-    answer: dict[str, Any] = client.get(f"/api/models/{MODEL}/status").json
-    return answer
+def status(client: FlaskClient, model: str = MODEL) -> dict[str, Any]:
+    answer = client.get(f"/api/models/{model}/status").json
+    assert answer is not None
+    return dict(answer)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -121,6 +122,7 @@ def test_a_process_that_dies_while_there_is_nothing_to_do_is_replaced_unnoticed(
     (pid,) = status(client)["pids"]
 
     os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
 
     assert ask(client, 40).status_code == 200
     assert status(client)["pids"] != [pid]
@@ -194,8 +196,8 @@ def test_the_consumer_type_of_any_model_can_be_set(build: Build, picture: str) -
     answer = client.post("/api/models/fake_echo/tasks/image_captioning/features", json={"image": picture})
 
     assert answer.json == ["40x30 (255, 0, 0)"]
-    assert client.get("/api/models/fake_echo/status").json["consumer_type"] == "process_consumer"
-    assert client.get("/api/models/fake_echo/status").json["pids"] != [os.getpid()]
+    assert status(client, "fake_echo")["consumer_type"] == "process_consumer"
+    assert status(client, "fake_echo")["pids"] != [os.getpid()]
 
 
 @pytest.mark.parametrize("width", [40, 4], ids=["idle", "hung"])

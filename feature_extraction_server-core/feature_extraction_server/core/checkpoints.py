@@ -16,6 +16,7 @@ torch is imported when something is loaded, not before.
 from __future__ import annotations
 
 import logging
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -31,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 _DEVICE: Final = re.compile(r"auto|cpu|cuda(:\d+)?|mps")
 HUB_TIMEOUT_S: Final = 3
+#: The environment variable that tells a model's process which of the model's replicas it is.
+REPLICA_VARIABLE: Final = "MODEL_REPLICA"
 DTYPES: Final = ("auto", "float32", "float16", "bfloat16")
 
 
@@ -66,7 +69,7 @@ class Checkpoint:
 
     @property
     def device(self) -> torch.device:
-        """The device that DEVICE names or, for auto, the best there is.
+        """The device that DEVICE names or, for auto, the best there is; of several GPUs, a replica's own.
 
         Raises:
             ModelLoadFailed: there is no such device here.
@@ -76,6 +79,8 @@ class Checkpoint:
         name = self._device.get()
         if name == "auto":
             name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if name == "cuda" and torch.cuda.device_count() > 1:  # a model's replicas take the GPUs in turn
+            name = f"cuda:{int(os.environ.get(REPLICA_VARIABLE, 0)) % torch.cuda.device_count()}"
         device = torch.device(name)
         n_devices = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
         if (device.index or 0) >= n_devices[device.type]:

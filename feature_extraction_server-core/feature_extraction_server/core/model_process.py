@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Final
 
+from feature_extraction_server.core.checkpoints import REPLICA_VARIABLE
 from feature_extraction_server.core.errors import ModelError, ModelLoadFailed, ModelUnavailable, ServerError
 from feature_extraction_server.core.plugins import NAMESPACE
 from feature_extraction_server.core.settings import SettingsManager
@@ -29,8 +30,6 @@ from feature_extraction_server.core.wire import Channel, send_answer
 logger = logging.getLogger(__name__)
 
 MODULE: Final = "feature_extraction_server.core.model_process"
-#: The environment variable that tells a process which of its model's replicas it is.
-REPLICA_VARIABLE: Final = "MODEL_REPLICA"
 PR_SET_PDEATHSIG: Final = 1  # of prctl(2)
 END_TIMEOUT_S: Final = 10.0
 

@@ -8,6 +8,9 @@ from PIL.Image import Image
 
 MIB = 1 << 20
 
+large: list[bytearray]
+small: list[bytearray]
+
 
 def load_model() -> None:
     global large, small

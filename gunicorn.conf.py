@@ -1,0 +1,47 @@
+"""How gunicorn serves the app. Options on gunicorn's command line override what is said here.
+
+gunicorn reads this file by itself where it lies in the working directory, else with ``-c``.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+
+def number_of_workers() -> int:
+    """Return NUMBER_OF_WORKERS, or 1 where it is unset or empty."""
+    text = os.environ.get("NUMBER_OF_WORKERS", "").strip() or "1"
+    if not text.isdecimal() or int(text) < 1:
+        problem = f"NUMBER_OF_WORKERS={text!r} is not allowed: it must be a whole number of at least 1"
+        sys.stderr.write(f"feature_extraction_server: {problem}\n")
+        raise SystemExit(2)
+    return int(text)
+
+
+wsgi_app = "feature_extraction_server.flask.entrypoint:entrypoint()"
+bind = ":5000"
+workers = number_of_workers()
+
+# A request waits in its thread until the model has answered, and requests that wait together share one call of the
+# model: with one thread a worker, there would never be two to share.
+worker_class = "gthread"
+threads = 64
+
+# Plugins are imported once, and a wrong setting is told before a worker is forked.
+preload_app = True
+
+# A worker must show that it lives this often. Its threads may be busy for longer; REQUEST_TIMEOUT bounds a request.
+timeout = 600
+
+# On SIGTERM requests may finish, then models stop, which takes up to STOP_GRACE_PERIOD (30 s): only then, kill.
+graceful_timeout = 45
+
+# Clients mostly send one request after another; a proxy's idle connection is not closed under its next request.
+keepalive = 5
+
+# The file whose age tells that a worker lives: on a disk that is busy, touching it can block the worker.
+if Path("/dev/shm").is_dir():
+    worker_tmp_dir = "/dev/shm"
+
+# Its socket lies in the home directory, where two servers of one user would take it from each other.
+control_socket_disable = True

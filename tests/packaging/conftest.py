@@ -1,0 +1,138 @@
+"""Fixtures: wheels of all distributions, and virtual environments to install into, without any download."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+
+from dev_server import SOURCES
+from tests.conftest import Server, free_port
+
+CORE, PLUGINS = SOURCES[0], SOURCES[1:]
+
+# Prints what is discovered, and from where. Fails where a plugin is left out.
+_DISCOVER = """
+import json
+from feature_extraction_server.core.plugins import discover
+from feature_extraction_server.core.settings import SettingsManager
+plugins = discover(SettingsManager({})).plugins
+assert not (errors := [p for p in plugins if p.error]), errors
+print(json.dumps({f"{p.kind}.{p.name}": p.module.__file__ for p in plugins}))
+"""
+
+
+def plugin_name(folder: Path) -> str:
+    """Return ``<kind>.<name>`` of a plugin's folder."""
+    return folder.name.removeprefix("feature_extraction_server-").replace("-", ".", 1)
+
+
+class Environment:
+    """A virtual environment of its own that also sees the packages of the running one, the dependencies that is.
+
+    pip finds no index from within, so that a dependency which the running environment lacks is an error.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        venv.create(folder, symlinks=True)
+        self.bin = folder / "bin"
+        self.python = str(self.bin / "python")
+        self.site_packages = Path(self.run("python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"))
+        (self.site_packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+        for name in ("flit", "gunicorn"):
+            self._add_script(name)
+
+    def run(self, *command: str, cwd: Path | None = None, **environment: str) -> str:
+        """Run a command to its end and return what it printed. It fails the test where it fails."""
+        done = subprocess.run(
+            command,
+            cwd=cwd or self.folder,
+            env=self.variables(**environment),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, f"{command} exited with {done.returncode}:\n{done.stdout}"
+        return done.stdout.strip()
+
+    def install(self, *arguments: str | Path) -> None:
+        """Install with pip."""
+        self.run("python", "-m", "pip", "install", *map(str, arguments))
+
+    def discover(self, path: Sequence[Path] = ()) -> dict[str, Path]:
+        """Return the modules of all plugins found from within, by ``<kind>.<name>``, but the built-in consumers.
+
+        Args:
+            path: folders to put on PYTHONPATH.
+        """
+        found = json.loads(self.run("python", "-c", _DISCOVER, PYTHONPATH=os.pathsep.join(map(str, path))))
+        return {name: Path(file) for name, file in found.items() if not name.startswith("consumers.")}
+
+    def variables(self, **settings: str) -> dict[str, str]:
+        """Return the variables of a shell in which the environment is activated."""
+        inherited = {name: os.environ[name] for name in ("HOME", "LANG") if name in os.environ}
+        own = {
+            "PATH": f"{self.bin}{os.pathsep}{os.environ['PATH']}",
+            "PIP_CONFIG_FILE": os.devnull,
+            "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+            "PIP_NO_BUILD_ISOLATION": "0",  # pip's word for "true" here: flit_core is the running environment's
+            "PIP_NO_INDEX": "1",
+            "FLIT_ROOT_INSTALL": "1",
+            "HF_HUB_OFFLINE": "1",
+        }
+        return inherited | own | settings
+
+    def _add_script(self, name: str) -> None:
+        (entry,) = entry_points(group="console_scripts", name=name)
+        script = self.bin / name
+        script.write_text(f"#!{self.python}\nimport sys\nfrom {entry.module} import {entry.attr}\n{entry.attr}()\n")
+        script.chmod(0o755)
+
+
+@pytest.fixture
+def environment(tmp_path: Path) -> Environment:
+    return Environment(tmp_path / "environment")
+
+
+@pytest.fixture(scope="session")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The wheels of the core and of all plugins, by the name of their folder."""
+    target = tmp_path_factory.mktemp("wheels")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
+    subprocess.run([*command, "--wheel-dir", str(target), *map(str, SOURCES)], check=True, timeout=240)
+    files = {file.name.split("-")[0]: file for file in target.iterdir()}
+    return {source.name: files[source.name.replace("-", "_")] for source in SOURCES}
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """``serve(environment, command, cwd, SETTING=value, ...)`` starts a server by a shell command.
+
+    ``:5000`` in the command is replaced by a free port of this machine alone.
+    """
+    servers: list[Server] = []
+
+    def start(environment: Environment, command: str, cwd: Path, **settings: str) -> Server:
+        port = free_port()
+        assert ":5000" in command
+        local = command.replace(":5000", f"127.0.0.1:{port}")
+        variables = environment.variables(LOG_PATH=str(tmp_path / "log.txt"), **settings)
+        shell = ["sh", "-c", f'cd "{cwd}" && exec {local}']
+        servers.append(Server(shell, port, tmp_path, variables))
+        return servers[-1].wait_until_ready()
+
+    yield start
+    for server in servers:
+        if server.process.poll() is None:
+            server.stop()

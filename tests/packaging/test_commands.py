@@ -1,0 +1,81 @@
+"""``make test`` and ``.ci/run``: what they run, in which order, and that they fail where a part fails."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from dev_server import ROOT
+
+TOOLS = ("ruff", "hadolint", "shellcheck", "mypy", "python")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """The commands in a directory of their own, whose tools only print their name (python is what runs pytest)."""
+    shutil.copytree(ROOT / ".ci", tmp_path / ".ci")
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    (tmp_path / "dev_requirements.txt").touch()
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    for tool in TOOLS:
+        write_tool(tmp_path, tool, 0)
+    (tmp_path / ".venv" / ".installed").touch()
+    return tmp_path
+
+
+def write_tool(checkout: Path, name: str, status: int) -> None:
+    file = checkout / ".venv" / "bin" / name
+    file.write_text(f'#!/bin/sh\necho "this is {name} $*"\nexit {status}\n')
+    file.chmod(0o755)
+
+
+def run(checkout: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    # What an outer make passes on to the makes below it is not for this one.
+    outer = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES")
+    environment = {name: value for name, value in os.environ.items() if name not in outer}
+    return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("command", [("make", "test"), (".ci/run",)], ids=["make test", ".ci/run"])
+def test_command_runs_every_tool_and_ends_with_the_tests(checkout: Path, command: tuple[str, ...]) -> None:
+    done = run(checkout, *command)
+
+    lines = [line for line in done.stdout.splitlines() if line.startswith("this is ")]
+    assert done.returncode == 0, done.stderr
+    assert list(dict.fromkeys(line.split()[2] for line in lines)) == list(TOOLS)
+    assert done.stdout.splitlines()[-1].startswith("this is python -m pytest")
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_ci_fails_where_one_tool_fails(checkout: Path, tool: str) -> None:
+    write_tool(checkout, tool, 1)
+
+    done = run(checkout, ".ci/run")
+
+    assert done.returncode != 0
+    assert done.stdout.splitlines()[-1].startswith(f"this is {tool}")
+
+
+def test_setup_installs_again_where_the_requirements_are_newer(checkout: Path) -> None:
+    write_tool(checkout, "pip", 0)
+    stamp = checkout / ".venv" / ".installed"
+    os.utime(stamp, (0, 0))
+
+    first, second = run(checkout, "make", "setup"), run(checkout, "make", "setup")
+
+    assert "pip install" in first.stdout
+    assert "pip install" not in second.stdout
+
+
+def test_setup_refuses_an_old_python(checkout: Path) -> None:
+    (checkout / ".venv" / ".installed").unlink()
+    write_tool(checkout, "old_python", 1)
+
+    done = run(checkout, "make", "setup", "PYTHON=.venv/bin/old_python")
+
+    assert done.returncode != 0
+    assert not (checkout / ".venv" / ".installed").exists()

@@ -1,0 +1,257 @@
+"""The Docker image, but for Docker: its scripts and its command, run in a virtual environment in its place."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+
+import psutil
+import pytest
+
+from dev_server import ROOT
+from tests.conftest import Server, free_port
+from tests.packaging.conftest import CORE, PLUGINS, Environment, plugin_name
+
+INSTALL_PLUGINS = ROOT / "docker" / "install_plugins.sh"
+HEALTH_CHECK = ROOT / "docker" / "healthcheck.py"
+DOCKERFILE = ROOT / "Dockerfile"
+
+MODEL = """
+def load_model():
+    pass
+
+def image_captioning(image, config):
+    return [[f"{picture.width} wide"] for picture in image]
+"""
+MODEL_PYPROJECT = """
+[build-system]
+requires = ["flit_core >=4,<5"]
+build-backend = "flit_core.buildapi"
+
+[project]
+name = "feature_extraction_server-models-tiny"
+version = "1.0.0"
+description = "A model without weights."
+dependencies = ["feature_extraction_server-core"]
+
+[tool.flit.module]
+name = "feature_extraction_server.models.tiny"
+"""
+
+
+def write_model_plugin(folder: Path, system_dependencies: str = "") -> Path:
+    """Write the plugin ``models.tiny`` below ``folder`` and return its own folder."""
+    plugin = folder / "feature_extraction_server-models-tiny"
+    module = plugin / "feature_extraction_server" / "models" / "tiny.py"
+    module.parent.mkdir(parents=True)
+    module.write_text(MODEL)
+    (plugin / "pyproject.toml").write_text(MODEL_PYPROJECT)
+    if system_dependencies:
+        (plugin / "install_system_dependencies.sh").write_text(f"set -eu\n{system_dependencies}\n")
+    return plugin
+
+
+def image_command() -> str:
+    """Return the Dockerfile's CMD as a shell command, on the paths of the checkout."""
+    (command,) = re.findall(r"^CMD (\[.+\])$", DOCKERFILE.read_text(), re.MULTILINE)
+    return shlex.join(json.loads(command)).replace("/app/", f"{ROOT}/") + " -b :5000"
+
+
+@pytest.fixture
+def plugins_to_install(tmp_path: Path) -> Path:
+    """A directory as the repository has it: with a README alone."""
+    return Path(shutil.copytree(ROOT / "plugins_to_install", tmp_path / "plugins_to_install"))
+
+
+@pytest.fixture
+def fake_python(tmp_path: Path) -> tuple[Path, dict[str, str]]:
+    """The log of a ``python`` that only notes its arguments, and the variables that put it first on the path."""
+    log, folder = tmp_path / "python.log", tmp_path / "fake_bin"
+    folder.mkdir()
+    log.touch()
+    (folder / "python").write_text(f'#!/bin/sh\necho "$@" >> "{log}"\n')
+    (folder / "python").chmod(0o755)
+    return log, {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}"}
+
+
+def install(folder: Path, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(INSTALL_PLUGINS), str(folder)], env=environment, capture_output=True, text=True, timeout=240
+    )
+
+
+def check_health(url: str) -> subprocess.CompletedProcess[str]:
+    # A proxy that cannot be reached: the check must not use it.
+    environment = {"http_proxy": "http://127.0.0.1:1"}
+    return subprocess.run(
+        [sys.executable, str(HEALTH_CHECK), url], env=environment, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_dockerfile_passes_hadolint() -> None:
+    done = subprocess.run(
+        [str(Path(sys.executable).with_name("hadolint")), str(DOCKERFILE)], capture_output=True, text=True, timeout=60
+    )
+
+    assert done.stdout + done.stderr == ""
+    assert done.returncode == 0
+
+
+def test_build_context_has_everything_that_the_dockerfile_copies() -> None:
+    kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+
+    lines = re.findall(r"^COPY (.+)$", DOCKERFILE.read_text(), re.MULTILINE)
+    sources = {source for line in lines for source in line.split()[:-1]}
+
+    assert {source for source in sources if not (ROOT / source).exists()} == set()
+    assert {Path(source).parts[0] for source in sources} == kept
+
+
+def test_image_runs_scripts_that_are_executable() -> None:
+    assert os.access(INSTALL_PLUGINS, os.X_OK)
+
+
+def test_nothing_is_installed_from_an_empty_directory(
+    plugins_to_install: Path, fake_python: tuple[Path, dict[str, str]]
+) -> None:
+    log, environment = fake_python
+
+    done = install(plugins_to_install, environment)
+
+    assert done.returncode == 0
+    assert "no plugin" in done.stderr
+    assert log.read_text() == ""
+
+
+def test_directory_that_is_no_plugin_is_refused_by_name(
+    plugins_to_install: Path, fake_python: tuple[Path, dict[str, str]]
+) -> None:
+    log, environment = fake_python
+    (plugins_to_install / "plugins").mkdir()
+
+    done = install(plugins_to_install, environment)
+
+    assert done.returncode == 1
+    assert "plugins_to_install/plugins/ is not a plugin" in done.stderr
+    assert log.read_text() == ""
+
+
+def test_system_dependencies_that_fail_stop_the_installation(
+    plugins_to_install: Path, fake_python: tuple[Path, dict[str, str]]
+) -> None:
+    log, environment = fake_python
+    write_model_plugin(plugins_to_install, system_dependencies="exit 3")
+
+    done = install(plugins_to_install, environment)
+
+    assert done.returncode == 3
+    assert log.read_text() == ""
+
+
+def test_system_dependencies_are_installed_in_the_plugins_folder_before_the_plugin(
+    plugins_to_install: Path, fake_python: tuple[Path, dict[str, str]]
+) -> None:
+    log, environment = fake_python
+    plugin = write_model_plugin(plugins_to_install, system_dependencies=f'echo "system: $PWD" >> "{log}"')
+
+    done = install(plugins_to_install, environment)
+
+    first, second = log.read_text().splitlines()
+    assert done.returncode == 0, done.stderr
+    assert first == f"system: {plugin}"
+    assert second.startswith("-m pip install")
+    assert second.endswith(f"{plugin}/")
+
+
+@pytest.mark.parametrize(
+    ("index", "expected"),
+    [
+        pytest.param("", [], id="none given"),
+        pytest.param("file:///index", ["-m pip install --no-cache-dir --index-url file:///index torch"], id="given"),
+    ],
+)
+def test_torch_comes_first_from_the_index_that_is_given(
+    plugins_to_install: Path, fake_python: tuple[Path, dict[str, str]], index: str, expected: list[str]
+) -> None:
+    log, environment = fake_python
+    write_model_plugin(plugins_to_install)
+
+    install(plugins_to_install, environment | {"TORCH_INDEX_URL": index})
+
+    *before, plugins = log.read_text().splitlines()
+    assert before == expected
+    assert "tiny" in plugins
+
+
+@pytest.mark.packaging
+@pytest.mark.process
+def test_image_serves_the_plugins_that_were_to_be_installed_and_ends_on_sigterm(
+    environment: Environment,
+    serve: Callable[..., Server],
+    plugins_to_install: Path,
+    tmp_path: Path,
+    picture: str,
+) -> None:
+    chosen = {"apis.base_api", "tasks.image_captioning"}
+    for plugin in PLUGINS:
+        if plugin_name(plugin) in chosen:
+            shutil.copytree(plugin, plugins_to_install / plugin.name)
+    write_model_plugin(plugins_to_install)
+    environment.install(CORE)
+    environment.run(str(INSTALL_PLUGINS), str(plugins_to_install))
+
+    server = serve(environment, image_command(), tmp_path, NUMBER_OF_WORKERS="2")
+
+    answer = server.post("/api/tasks/image_captioning/features", {"image": picture})
+    processes = psutil.Process(server.process.pid).children(recursive=True)
+    assert server.get("/api/tasks/list").json() == ["image_captioning"]
+    assert answer.json() == ["40 wide"]
+    assert check_health(f"{server.url}/api/tasks/list").returncode == 0
+    assert len(processes) >= 2
+    assert server.stop() == 0
+    assert psutil.wait_procs(processes, timeout=30)[1] == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "exit_status"),
+    [
+        pytest.param(200, 0, id="200"),
+        pytest.param(404, 0, id="404, as without the base api"),
+        pytest.param(500, 1, id="500"),
+        pytest.param(503, 1, id="503"),
+    ],
+)
+def test_health_check_passes_on_any_answer_but_a_server_error(answer: int, exit_status: int) -> None:
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(answer)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        done = check_health(f"http://127.0.0.1:{server.server_port}/api/tasks/list")
+        server.shutdown()
+        thread.join()
+
+    assert done.returncode == exit_status
+    assert (str(answer) in done.stderr) == (exit_status == 1)
+
+
+def test_health_check_fails_where_nothing_listens() -> None:
+    done = check_health(f"http://127.0.0.1:{free_port()}/api/tasks/list")
+
+    assert done.returncode == 1
+    assert "does not answer" in done.stderr
