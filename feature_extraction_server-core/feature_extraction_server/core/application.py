@@ -37,15 +37,16 @@ class ApplicationInterface(ABC):
     # Where the models live
 
     @abstractmethod
-    def call(self, model: str, job: Job, deadline: float) -> Any:
+    def call(self, model: str, job: Job, deadline: float, is_wanted: Callable[[], bool]) -> Any:
         """Run a job and return its result.
 
         Args:
             deadline: when to give up, on the clock of ``time.monotonic()``.
+            is_wanted: asked now and then, on this thread, whether somebody still waits for the result.
 
         Raises:
-            ServerError: QueueFull, ModelError, ModelUnavailable, ModelLoadFailed, DeadlineExceeded, or what the
-                model's function raised of this kind.
+            ServerError: QueueFull, ModelError, ModelUnavailable, ModelLoadFailed, DeadlineExceeded,
+                ClientDisconnected, or what the model's function raised of this kind.
         """
 
     @abstractmethod
@@ -122,20 +123,28 @@ class ApplicationInterface(ABC):
 
     # Requests
 
-    def run(self, task: str | None, model: str | None, payload: dict[str, Any]) -> Any:
+    def run(
+        self,
+        task: str | None,
+        model: str | None,
+        payload: dict[str, Any],
+        *,
+        is_wanted: Callable[[], bool] = lambda: True,
+    ) -> Any:
         """Run a task on a model and return the JSON-ready result. Blocks.
 
         Args:
             task: None for the default one.
             model: None for the task's default one.
             payload: the task's input, by key.
+            is_wanted: asked now and then whether somebody still waits for the result; if not, it is given up.
 
         Raises:
             ServerError: any of ``errors``.
         """
         deadline = time.monotonic() + self.settings.request_timeout.get()
         task, model = self.resolve(task, model)
-        function = self.registry.tasks[task].wrap(ModelFunction(self, task, model, deadline))
+        function = self.registry.tasks[task].wrap(ModelFunction(self, task, model, deadline, is_wanted))
         if self.registry.spec(task) is not None:
             return function(**payload)
         return _call_by_signature(function, payload)
@@ -189,12 +198,20 @@ class ApplicationInterface(ABC):
 class ModelFunction:
     """A model's function for a task, as ``wrap`` receives it: calling it queues a job and waits for the result."""
 
-    def __init__(self, application: ApplicationInterface, task: str, model: str, deadline: float) -> None:
+    def __init__(
+        self,
+        application: ApplicationInterface,
+        task: str,
+        model: str,
+        deadline: float,
+        is_wanted: Callable[[], bool],
+    ) -> None:
         self.__name__ = task
         self.limits = application.limits
         self._application = application
         self._model = model
         self._deadline = deadline
+        self._is_wanted = is_wanted
 
     def __call__(self, *positional: Any, **arguments: Any) -> Any:
         task, registry = self.__name__, self._application.registry
@@ -205,7 +222,7 @@ class ModelFunction:
         job = Job(task, arguments, spec.batch_fields if spec else (), positional)
         if spec is not None and not job.n_items:
             return []
-        return self._application.call(self._model, job, self._deadline)
+        return self._application.call(self._model, job, self._deadline, self._is_wanted)
 
 
 def _call_by_signature(function: Callable[..., Any], payload: dict[str, Any]) -> Any:

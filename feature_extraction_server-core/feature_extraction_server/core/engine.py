@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -33,11 +34,11 @@ class Engine(ApplicationInterface):
             options = settings.model_options(name)
             self._models[name] = Model(name, module, consumer_type, start_consumer, log_server, options)
 
-    def call(self, model: str, job: Job, deadline: float) -> Any:
+    def call(self, model: str, job: Job, deadline: float, is_wanted: Callable[[], bool]) -> Any:
         if self._max_loaded and not self._models[model].is_active:
             self._start_in_turn(model, deadline)
         self._models[model].submit(job)
-        return self._models[model].wait(job, deadline)
+        return self._models[model].wait(job, deadline, is_wanted)
 
     def start(self, model: str, *, wait: bool = False) -> None:
         if not self._max_loaded or self._model(model).is_active:

@@ -19,13 +19,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
 from feature_extraction_server.core.application import ApplicationInterface
-from feature_extraction_server.core.errors import DeadlineExceeded, ModelUnavailable
+from feature_extraction_server.core.errors import ClientDisconnected, DeadlineExceeded, ModelUnavailable
 from feature_extraction_server.core.jobs import Job
 from feature_extraction_server.core.plugins import Registry
 from feature_extraction_server.core.server_settings import ServerSettings
@@ -49,6 +49,7 @@ class EngineClient(ApplicationInterface):
 
     def __init__(self, registry: Registry, settings: ServerSettings, owner_pid: int) -> None:
         super().__init__(registry, settings)
+        self._check_interval_s = settings.result_check_interval
         self._owner_pid = owner_pid
         self._owner_born = process_start_time(owner_pid)
         self._directory = private_directory(owner_pid)
@@ -58,9 +59,9 @@ class EngineClient(ApplicationInterface):
         # A forked worker must not share its parent's connections.
         os.register_at_fork(after_in_child=self._forget_connections)
 
-    def call(self, model: str, job: Job, deadline: float) -> Any:
+    def call(self, model: str, job: Job, deadline: float, is_wanted: Callable[[], bool]) -> Any:
         request = ("call", model, job.task, job.batched | job.shared, tuple(job.batched), job.positional, deadline)
-        return self._ask(request, deadline)
+        return self._ask(request, deadline, is_wanted)
 
     def start(self, model: str, *, wait: bool = False) -> None:
         self.require_model(model)
@@ -100,19 +101,33 @@ class EngineClient(ApplicationInterface):
             connection.receive(START_TIMEOUT_S)  # ends with the engine
         shutil.rmtree(self._directory, ignore_errors=True)
 
-    def _ask(self, request: tuple[Any, ...], deadline: float | None = None) -> Any:
+    def _ask(
+        self,
+        request: tuple[Any, ...],
+        deadline: float | None = None,
+        is_wanted: Callable[[], bool] = lambda: True,
+    ) -> Any:
         if deadline is None:
             deadline = time.monotonic() + self.settings.request_timeout.get()
-        timeout_s = max(0, deadline - time.monotonic()) + DEADLINE_MARGIN_S
+        give_up_at = deadline + DEADLINE_MARGIN_S
         with self._connection() as connection:
             try:
-                connection.send(request, timeout_s)
-                succeeded, answer = connection.receive(timeout_s)
+                connection.send(request, max(DEADLINE_MARGIN_S, give_up_at - time.monotonic()))
             except TimeoutError:
-                raise DeadlineExceeded("the engine gave no answer in time (REQUEST_TIMEOUT)") from None
+                raise self._too_late() from None
+            while not connection.wait_for_news(max(0, min(self._check_interval_s, give_up_at - time.monotonic()))):
+                if time.monotonic() >= give_up_at:
+                    raise self._too_late()
+                if not is_wanted():  # the connection is closed, by which the engine learns of it
+                    raise ClientDisconnected("the client has gone")
+            succeeded, answer = connection.receive()
         if not succeeded:
             raise answer
         return answer
+
+    @staticmethod
+    def _too_late() -> DeadlineExceeded:
+        return DeadlineExceeded("the engine gave no answer in time (REQUEST_TIMEOUT)")
 
     @contextmanager
     def _connection(self) -> Iterator[Channel]:

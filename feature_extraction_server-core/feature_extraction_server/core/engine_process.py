@@ -83,14 +83,16 @@ def _serve(connection: Channel, engine: Engine, ending: threading.Event) -> None
             if request == ("shutdown",):
                 ending.set()
                 threading.Event().wait()  # the process's end closes the connection, which tells the client
-            send_answer(connection, _answer(engine, *request))
+            send_answer(connection, _answer(engine, connection, *request))
 
 
-def _answer(engine: Engine, method: str, model: str, *arguments: Any) -> tuple[bool, Any]:
+def _answer(engine: Engine, connection: Channel, method: str, model: str, *arguments: Any) -> tuple[bool, Any]:
     try:
         if method == "call":
             task, fields, batch_fields, positional, deadline = arguments
-            return True, engine.call(model, Job(task, fields, batch_fields, positional), deadline)
+            job = Job(task, fields, batch_fields, positional)
+            # A web worker that waits has nothing more to say: news are that it, or its client, has gone.
+            return True, engine.call(model, job, deadline, lambda: not connection.has_news())
         if method == "status":
             return True, engine.status(model)
         (wait,) = arguments

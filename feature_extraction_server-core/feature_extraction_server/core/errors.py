@@ -13,7 +13,8 @@
     ├── ModelError                  500  the model's function raised or broke the task's contract
     ├── ModelUnavailable            503  the model's consumer died, or the model was stopped
     │   └── ModelLoadFailed         503  ``load_model`` raised
-    └── DeadlineExceeded            504  no answer within REQUEST_TIMEOUT
+    ├── DeadlineExceeded            504  no answer within REQUEST_TIMEOUT
+    └── ClientDisconnected          499  nobody is there to read the answer; the job is dropped
 
 Each takes one readable sentence. They survive pickling, because they cross processes.
 """
@@ -98,6 +99,11 @@ class ModelLoadFailed(ModelUnavailable):
 class DeadlineExceeded(ServerError):
     status = 504
     code = "deadline_exceeded"
+
+
+class ClientDisconnected(ServerError):
+    status = 499
+    code = "client_disconnected"
 
 
 class SettingError(Exception):

@@ -22,6 +22,7 @@ from types import ModuleType
 from typing import Any, Final, Protocol
 
 from feature_extraction_server.core.errors import (
+    ClientDisconnected,
     DeadlineExceeded,
     ModelLoadFailed,
     ModelUnavailable,
@@ -247,14 +248,16 @@ class Model:
                 retry_after=1,
             )
 
-    def wait(self, job: Job, deadline: float) -> Any:
+    def wait(self, job: Job, deadline: float, is_wanted: Callable[[], bool] = lambda: True) -> Any:
         """Return the job's result as soon as it is there.
 
         Args:
             deadline: when to give up, on the clock of ``time.monotonic()``.
+            is_wanted: asked now and then whether somebody still waits for the result.
 
         Raises:
             DeadlineExceeded: no result by then; what is left of the job is not run.
+            ClientDisconnected: nobody waits for it; what is left of the job is not run.
             ServerError: the job failed, or the model.
         """
         try:
@@ -263,6 +266,8 @@ class Model:
                     return job.future.result(timeout=min(self.options.result_check_interval, remaining))
                 except TimeoutError:
                     self.notice_dead_consumer()
+                    if not is_wanted():
+                        raise ClientDisconnected("the client has gone") from None
             raise DeadlineExceeded(f"the model {self.name} gave no answer in time (REQUEST_TIMEOUT)")
         finally:
             job.cancel()

@@ -107,8 +107,8 @@ class ServerSettings:
                 default=defaults.result_check_interval,
                 minimum=0.001,
                 maximum=MAX_SECONDS,
-                description="Seconds between checks, while a request waits, that its model's consumer is alive; "
-                "a result is handed over at once, whatever this is",
+                description="Seconds between checks, while a request waits, that its model's consumer and its client are "
+                "still there; a result is handed over at once, whatever this is",
             ),
             "max_queue_size": add(
                 name="MAX_QUEUE_SIZE",
@@ -192,6 +192,11 @@ class ServerSettings:
         """Return how a model is run."""
         options = {name: setting.get() for name, setting in self._options.items()}
         return ModelOptions(n_replicas=self._n_replicas[model].get(), **options)
+
+    @property
+    def result_check_interval(self) -> float:
+        """Seconds between checks, while a request waits, that its result is still to be had and wanted."""
+        return float(self._options["result_check_interval"].get())
 
     @property
     def stop_grace_period(self) -> float:

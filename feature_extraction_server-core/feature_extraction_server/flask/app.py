@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import socket
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
@@ -128,6 +130,25 @@ def _check_nesting(body: dict[str, Any]) -> None:
         if not level:
             return
     raise _too_deep()
+
+
+def client_waits() -> Callable[[], bool]:
+    """Return a function that tells, as long as the current request lasts, whether its client is still connected.
+
+    One that has closed its side of the connection counts as gone. With a server that does not show the connection, or
+    over TLS, a client always counts as connected.
+    """
+    connection = request.environ.get("gunicorn.socket") or request.environ.get("werkzeug.socket")
+
+    def waits() -> bool:
+        try:
+            return connection is None or connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) != b""
+        except (BlockingIOError, ValueError):  # nothing to read; TLS sockets take no flags
+            return True
+        except OSError:
+            return False
+
+    return waits
 
 
 def _refuse_constant(name: str) -> None:

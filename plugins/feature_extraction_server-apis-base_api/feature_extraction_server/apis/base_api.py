@@ -5,7 +5,7 @@ from typing import Any
 from flask import Flask, Response, jsonify
 
 from feature_extraction_server.core.application import ApplicationInterface
-from feature_extraction_server.flask.app import read_json_object
+from feature_extraction_server.flask.app import client_waits, read_json_object
 
 
 def add_routes(application_interface: ApplicationInterface, flask_app: Flask) -> None:
@@ -13,7 +13,7 @@ def add_routes(application_interface: ApplicationInterface, flask_app: Flask) ->
 
     def features(task: str, model: str | None = None) -> Response:
         application_interface.resolve(task, model)  # an unknown name is told before the body is read
-        return jsonify(application_interface.run(task, model, read_json_object()))
+        return jsonify(application_interface.run(task, model, read_json_object(), is_wanted=client_waits()))
 
     def start(model: str) -> dict[str, str]:
         application_interface.start(model)

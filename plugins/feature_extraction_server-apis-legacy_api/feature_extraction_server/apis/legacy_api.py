@@ -6,7 +6,7 @@ from flask import Flask, Response, jsonify
 
 from feature_extraction_server.core.application import ApplicationInterface
 from feature_extraction_server.core.errors import InvalidInput
-from feature_extraction_server.flask.app import read_json_object
+from feature_extraction_server.flask.app import client_waits, read_json_object
 
 
 def add_routes(application_interface: ApplicationInterface, flask_app: Flask) -> None:
@@ -15,7 +15,7 @@ def add_routes(application_interface: ApplicationInterface, flask_app: Flask) ->
     def extract() -> Response:
         body = read_json_object()
         task, model = _pop_name(body, "task"), _pop_name(body, "model")
-        return jsonify(application_interface.run(task, model, body))
+        return jsonify(application_interface.run(task, model, body, is_wanted=client_waits()))
 
     def load() -> dict[str, str]:
         application_interface.start(_named_model(), wait=True)
