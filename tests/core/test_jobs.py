@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from feature_extraction_server.core.errors import InvalidInput, ModelError
-from feature_extraction_server.core.jobs import Batch, Job, JobQueue
+from feature_extraction_server.core.jobs import Batch, Call, Job, JobQueue
 
 
 def job(*items: Any, task: str = "double", **shared: Any) -> Job:
-    return Job(task, {"x": list(items), **shared}, ("x",))
+    return Job(Call(task, {"x": list(items), **shared}, ("x",)))
 
 
 def run_all(queue: JobQueue, function: Callable[..., Any], max_items: int = 32) -> int:
@@ -52,7 +52,7 @@ def test_waiting_jobs_of_one_task_join_one_batch_and_each_gets_its_own_answer() 
         pytest.param(job(2, config={"n": 2}), id="another config"),
         pytest.param(job(2, config={"n": True}), id="true is not 1"),
         pytest.param(job(2, config={"n": 1.0}), id="1.0 is not 1"),
-        pytest.param(Job("double", {"x": [2], "config": {"n": 1}}), id="a task that declares no batch fields"),
+        pytest.param(Job(Call("double", {"x": [2], "config": {"n": 1}})), id="a task that declares no batch fields"),
     ],
 )
 def test_jobs_that_differ_in_more_than_their_items_do_not_join(other: Job) -> None:
@@ -175,7 +175,7 @@ def test_a_job_that_was_cancelled_while_running_takes_nobody_along() -> None:
 
 
 def test_a_job_without_batch_fields_is_called_as_it_was_made() -> None:
-    waiting = Job("add", {"b": 2}, positional=(1,))
+    waiting = Job(Call("add", {"b": 2}, positional=(1,)))
 
     run_all(queue_of(waiting), lambda a, b: a + b)
 

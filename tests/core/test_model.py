@@ -19,7 +19,7 @@ from feature_extraction_server.core.errors import (
     ModelUnavailable,
     QueueFull,
 )
-from feature_extraction_server.core.jobs import Job
+from feature_extraction_server.core.jobs import Call, Job
 from feature_extraction_server.core.logs import LogServer
 from feature_extraction_server.core.model import Model, ModelOptions, ModelRun, State
 
@@ -92,7 +92,7 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 
 def ask(model: Model, *items: Any, timeout_s: float = WAIT_S) -> Any:
-    job = Job("echo", {"x": list(items)}, ("x",))
+    job = Job(Call("echo", {"x": list(items)}, ("x",)))
     model.submit(job)
     return model.wait(job, time.monotonic() + timeout_s)
 

@@ -61,7 +61,7 @@ def test_a_recording_arrives_as_it_was_and_outside_the_pickle(
     pickled: list[int] = []
     loads = pickle.loads
 
-    def record(data: bytearray, **rest: Any) -> Any:
+    def record(data: bytes, **rest: Any) -> Any:
         pickled.append(len(data))
         return loads(data, **rest)
 
@@ -92,12 +92,12 @@ def test_waiting_ends_when_the_other_end_goes_or_the_time_is_up(ends: tuple[Chan
 
 
 def test_news_are_a_message_or_the_end(ends: tuple[Channel, Channel]) -> None:
-    assert not ends[0].has_news()
+    assert not ends[0].wait_for_news(0)
 
     ends[1].send("message")
-    assert ends[0].has_news()
+    assert ends[0].wait_for_news(0)
     assert ends[0].receive(WAIT_S) == "message"
-    assert not ends[0].has_news()
+    assert not ends[0].wait_for_news(0)
 
     ends[1].close()
-    assert ends[0].has_news()
+    assert ends[0].wait_for_news(0)

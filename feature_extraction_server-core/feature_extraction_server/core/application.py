@@ -21,7 +21,7 @@ from feature_extraction_server.core.errors import (
     TaskNotFound,
     TaskNotSupported,
 )
-from feature_extraction_server.core.jobs import Job
+from feature_extraction_server.core.jobs import Call
 from feature_extraction_server.core.plugins import Registry
 from feature_extraction_server.core.server_settings import ServerSettings
 
@@ -37,8 +37,8 @@ class ApplicationInterface(ABC):
     # Where the models live
 
     @abstractmethod
-    def call(self, model: str, job: Job, deadline: float, is_wanted: Callable[[], bool]) -> Any:
-        """Run a job and return its result.
+    def call(self, model: str, call: Call, deadline: float, is_wanted: Callable[[], bool]) -> Any:
+        """Call a model's function and return its result.
 
         Args:
             deadline: when to give up, on the clock of ``time.monotonic()``.
@@ -219,10 +219,10 @@ class ModelFunction:
         if config_type is not None and "config" in arguments:
             arguments["config"] = check_config(config_type, arguments["config"])
         spec = registry.spec(task)
-        job = Job(task, arguments, spec.batch_fields if spec else (), positional)
-        if spec is not None and not job.n_items:
+        if spec is not None and not arguments[spec.batch_fields[0]]:
             return []
-        return self._application.call(self._model, job, self._deadline, self._is_wanted)
+        call = Call(task, arguments, spec.batch_fields if spec else (), positional)
+        return self._application.call(self._model, call, self._deadline, self._is_wanted)
 
 
 def _call_by_signature(function: Callable[..., Any], payload: dict[str, Any]) -> Any:

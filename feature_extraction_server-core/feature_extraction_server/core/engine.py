@@ -11,7 +11,7 @@ from typing import Any
 
 from feature_extraction_server.core.application import ApplicationInterface
 from feature_extraction_server.core.errors import DeadlineExceeded, ModelLoadFailed, ModelUnavailable, ServerError
-from feature_extraction_server.core.jobs import Job
+from feature_extraction_server.core.jobs import Call, Job
 from feature_extraction_server.core.logs import LogServer
 from feature_extraction_server.core.model import Model, State
 from feature_extraction_server.core.plugins import Registry
@@ -34,9 +34,10 @@ class Engine(ApplicationInterface):
             options = settings.model_options(name)
             self._models[name] = Model(name, module, consumer_type, start_consumer, log_server, options)
 
-    def call(self, model: str, job: Job, deadline: float, is_wanted: Callable[[], bool]) -> Any:
+    def call(self, model: str, call: Call, deadline: float, is_wanted: Callable[[], bool]) -> Any:
         if self._max_loaded and not self._models[model].is_active:
             self._start_in_turn(model, deadline)
+        job = Job(call)
         self._models[model].submit(job)
         return self._models[model].wait(job, deadline, is_wanted)
 

@@ -13,20 +13,21 @@ import fcntl
 import logging
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
 from feature_extraction_server.core.application import ApplicationInterface
 from feature_extraction_server.core.errors import ClientDisconnected, DeadlineExceeded, ModelUnavailable
-from feature_extraction_server.core.jobs import Job
+from feature_extraction_server.core.jobs import Call
 from feature_extraction_server.core.plugins import Registry
 from feature_extraction_server.core.server_settings import ServerSettings
 from feature_extraction_server.core.wire import Channel, connect
@@ -59,9 +60,8 @@ class EngineClient(ApplicationInterface):
         # A forked worker must not share its parent's connections.
         os.register_at_fork(after_in_child=self._forget_connections)
 
-    def call(self, model: str, job: Job, deadline: float, is_wanted: Callable[[], bool]) -> Any:
-        request = ("call", model, job.task, job.batched | job.shared, tuple(job.batched), job.positional, deadline)
-        return self._ask(request, deadline, is_wanted)
+    def call(self, model: str, call: Call, deadline: float, is_wanted: Callable[[], bool]) -> Any:
+        return self._ask(("call", model, tuple(call), deadline), deadline, is_wanted)
 
     def start(self, model: str, *, wait: bool = False) -> None:
         self.require_model(model)
@@ -86,8 +86,7 @@ class EngineClient(ApplicationInterface):
         if os.getpid() != self._owner_pid:
             self._start_watcher()
             return
-        with self._connection():
-            pass
+        self._idle.append(self._start_or_connect())
         # No thread here: the owner may be a master that forks its workers, where the thread would not exist.
         os.register_at_fork(after_in_child=self._start_watcher)
 
@@ -110,31 +109,12 @@ class EngineClient(ApplicationInterface):
         if deadline is None:
             deadline = time.monotonic() + self.settings.request_timeout.get()
         give_up_at = deadline + DEADLINE_MARGIN_S
-        with self._connection() as connection:
-            try:
-                connection.send(request, max(DEADLINE_MARGIN_S, give_up_at - time.monotonic()))
-            except TimeoutError:
-                raise self._too_late() from None
-            while not connection.wait_for_news(max(0, min(self._check_interval_s, give_up_at - time.monotonic()))):
-                if time.monotonic() >= give_up_at:
-                    raise self._too_late()
-                if not is_wanted():  # the connection is closed, by which the engine learns of it
-                    raise ClientDisconnected("the client has gone")
-            succeeded, answer = connection.receive()
-        if not succeeded:
-            raise answer
-        return answer
-
-    @staticmethod
-    def _too_late() -> DeadlineExceeded:
-        return DeadlineExceeded("the engine gave no answer in time (REQUEST_TIMEOUT)")
-
-    @contextmanager
-    def _connection(self) -> Iterator[Channel]:
-        """Lend a connection for one question and its answer; one that broke or still owes an answer is closed."""
         connection = self._take_idle() or self._start_or_connect()
         try:
-            yield connection
+            succeeded, answer = self._exchange(connection, request, give_up_at, is_wanted)
+        except TimeoutError:
+            connection.close()
+            raise DeadlineExceeded("the engine gave no answer in time (REQUEST_TIMEOUT)") from None
         except (OSError, EOFError):
             connection.close()
             logger.error("The engine process ended while a request was with it")
@@ -142,16 +122,31 @@ class EngineClient(ApplicationInterface):
                 "the engine process, which runs the models, ended while it worked on the request"
             ) from None
         except BaseException:
-            connection.close()
+            connection.close()  # an answer that is still owed must not meet the next question
             raise
         with self._lock:
             self._idle.append(connection)
+        if not succeeded:
+            raise answer
+        return answer
+
+    def _exchange(
+        self, connection: Channel, request: tuple[Any, ...], give_up_at: float, is_wanted: Callable[[], bool]
+    ) -> tuple[bool, Any]:
+        connection.send(request, max(DEADLINE_MARGIN_S, give_up_at - time.monotonic()))
+        while not connection.wait_for_news(max(0, min(self._check_interval_s, give_up_at - time.monotonic()))):
+            if time.monotonic() >= give_up_at:
+                raise TimeoutError
+            if not is_wanted():  # the connection is closed then, by which the engine learns of it
+                raise ClientDisconnected("the client has gone")
+        answer: tuple[bool, Any] = connection.receive()
+        return answer
 
     def _take_idle(self) -> Channel | None:
         with self._lock:
             while self._idle:
                 connection = self._idle.pop()
-                if not connection.has_news():
+                if not connection.wait_for_news(0):
                     return connection
                 connection.close()  # nothing was asked, so that what can be read is the end of a dead engine
         return None
@@ -162,6 +157,10 @@ class EngineClient(ApplicationInterface):
     def _start_or_connect(self) -> Channel:
         with suppress(OSError):
             return self._connect()
+        if not is_alive(self._owner_pid, self._owner_born):
+            # Without its master, gunicorn's worker goes on as long as clients keep it busy: ask it to end.
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise ModelUnavailable("the server is ending, since its main process has gone")
         private_directory(self._owner_pid)  # once more: a clean-up of temporary files may have taken it
         with (self._directory / "lock").open("w") as lock_file:
             fcntl.flock(lock_file, fcntl.LOCK_EX)
@@ -235,12 +234,18 @@ def is_alive(pid: int, born: str) -> bool:
         return False
     except PermissionError:
         return True
-    return process_start_time(pid) == born
+    return process_start_time(pid) == born and _process_stat(pid)[:1] != ["Z"]  # a zombie has ended
 
 
 def process_start_time(pid: int) -> str:
     """Return what tells a process from a later one of the same number; "0" where the system does not say."""
+    stat_fields = _process_stat(pid)
+    return stat_fields[19] if stat_fields else "0"
+
+
+def _process_stat(pid: int) -> list[str]:
+    """Return what the system says of a process, from its state on; nothing where it does not say."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return "0"
+        return []

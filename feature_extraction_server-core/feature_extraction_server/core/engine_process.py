@@ -22,7 +22,7 @@ from typing import Any, Final
 from feature_extraction_server.core.engine import Engine
 from feature_extraction_server.core.engine_client import is_alive, process_start_time
 from feature_extraction_server.core.errors import ServerError
-from feature_extraction_server.core.jobs import Job
+from feature_extraction_server.core.jobs import Call
 from feature_extraction_server.core.settings import SettingsManager
 from feature_extraction_server.core.setup import build_engine
 from feature_extraction_server.core.wire import Channel, send_answer
@@ -89,10 +89,9 @@ def _serve(connection: Channel, engine: Engine, ending: threading.Event) -> None
 def _answer(engine: Engine, connection: Channel, method: str, model: str, *arguments: Any) -> tuple[bool, Any]:
     try:
         if method == "call":
-            task, fields, batch_fields, positional, deadline = arguments
-            job = Job(task, fields, batch_fields, positional)
+            call, deadline = arguments
             # A web worker that waits has nothing more to say: news are that it, or its client, has gone.
-            return True, engine.call(model, job, deadline, lambda: not connection.has_news())
+            return True, engine.call(model, Call(*call), deadline, lambda: not connection.wait_for_news(0))
         if method == "status":
             return True, engine.status(model)
         (wait,) = arguments

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from feature_extraction_server.core.errors import ModelError, ServerError
 from feature_extraction_server.core.task import batch_key
@@ -21,28 +21,31 @@ from feature_extraction_server.core.task import batch_key
 logger = logging.getLogger(__name__)
 
 
-class Job:
-    """One request's call of a model's function for ``task``.
+class Call(NamedTuple):
+    """What one request asks of a model: a call of its function for ``task``.
 
     Args:
         task: the function's name.
         arguments: its keyword arguments; those named in ``batch_fields`` are lists with one element an item.
-        batch_fields: empty for a task that declares none: the job is then one item and is never joined with others.
+        batch_fields: empty for a task that declares none: the call is then one item and is never joined with others.
         positional: its positional arguments, which only a task without declared fields may use.
     """
 
-    def __init__(
-        self,
-        task: str,
-        arguments: dict[str, Any],
-        batch_fields: tuple[str, ...] = (),
-        positional: tuple[Any, ...] = (),
-    ) -> None:
+    task: str
+    arguments: dict[str, Any]
+    batch_fields: tuple[str, ...] = ()
+    positional: tuple[Any, ...] = ()
+
+
+class Job:
+    """A call that waits for its model, and then for its result."""
+
+    def __init__(self, call: Call) -> None:
+        task, arguments, batch_fields, self.positional = call
         self.task = task
         self.future: Future[Any] = Future()
         self.batched = {key: value for key, value in arguments.items() if key in batch_fields}
         self.shared = {key: value for key, value in arguments.items() if key not in batch_fields}
-        self.positional = positional
         self.n_items = len(next(iter(self.batched.values()))) if self.batched else 1
         self.n_taken = 0
         self._joins = (task, tuple(self.batched), batch_key(self.shared)) if self.batched else None

@@ -78,13 +78,20 @@ class Registry:
         """Return the names of a kind's plugins, those that are left out included."""
         return sorted(plugin.name for plugin in self.plugins if plugin.kind == kind)
 
+    @cached_property
+    def _implemented(self) -> dict[str, list[str]]:
+        return {
+            model: [task for task in sorted(self.tasks) if callable(getattr(module, task, None))]
+            for model, module in self.models.items()
+        }
+
     def tasks_of(self, model: str) -> list[str]:
         """Return the tasks that a model implements, sorted."""
-        return [task for task in sorted(self.tasks) if callable(getattr(self.models[model], task, None))]
+        return self._implemented[model]
 
     def models_for(self, task: str) -> list[str]:
         """Return the models that implement a task, sorted."""
-        return [model for model in sorted(self.models) if callable(getattr(self.models[model], task, None))]
+        return [model for model in sorted(self.models) if task in self._implemented[model]]
 
     def spec(self, task: str) -> TaskSpec | None:
         """Return a task's declaration, or None where its ``wrap`` is written by hand."""

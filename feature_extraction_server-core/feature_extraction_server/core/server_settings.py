@@ -107,8 +107,8 @@ class ServerSettings:
                 default=defaults.result_check_interval,
                 minimum=0.001,
                 maximum=MAX_SECONDS,
-                description="Seconds between checks, while a request waits, that its model's consumer and its client are "
-                "still there; a result is handed over at once, whatever this is",
+                description="Seconds between checks, while a request waits, that its model's consumer and its client "
+                "are still there; a result is handed over at once, whatever this is",
             ),
             "max_queue_size": add(
                 name="MAX_QUEUE_SIZE",

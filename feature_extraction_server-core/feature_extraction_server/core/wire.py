@@ -1,8 +1,8 @@
 """Messages between the web workers and the engine: pickled objects over a Unix socket.
 
-A message is a header (how many parts, how long each), the pickle, and then the large buffers of the object (pictures,
-samples, arrays), which pickle's protocol 5 leaves outside: they go from where they lie to the socket, and from the
-socket to where they will lie, without being copied into the pickle.
+A message is a header (how many buffers, how long everything is), the pickle, and then the large buffers of the object
+(pictures, samples, arrays), which pickle's protocol 5 leaves outside: they go from where they lie to the socket, and
+from the socket to where they will lie, without being copied into the pickle.
 
 Unpickling runs whatever the sender wants; only sockets in a private directory may be read.
 """
@@ -15,13 +15,13 @@ import select
 import socket
 import struct
 import sys
-from typing import Any, BinaryIO, Final, cast
+from typing import Any, Final
 
 from PIL import Image
 
 from feature_extraction_server.core.errors import ModelError
 
-_N_PARTS: Final = struct.Struct("<I")
+_HEADER: Final = struct.Struct("<IQ")  # how many buffers, how long the pickle; the buffers' lengths come after it
 _MAX_PARTS_A_CALL: Final = 512  # sendmsg takes IOV_MAX (1024) at most
 
 
@@ -30,7 +30,9 @@ class Channel:
 
     def __init__(self, connected: socket.socket) -> None:
         self._socket = connected
-        self._reader = cast(BinaryIO, connected.makefile("rb"))
+        self._reader = connected.makefile("rb")
+        self._poll = select.poll()
+        self._poll.register(connected, select.POLLIN)
 
     def send(self, message: Any, timeout_s: float | None = None) -> None:
         """Send an object.
@@ -43,10 +45,15 @@ class Channel:
         buffers: list[pickle.PickleBuffer] = []
         file = io.BytesIO()
         _Pickler(file, protocol=5, buffer_callback=buffers.append).dump(message)
-        parts = [file.getbuffer(), *(buffer.raw() for buffer in buffers)]
-        lengths = struct.pack(f"<{len(parts)}Q", *(part.nbytes for part in parts))
+        pickled = file.getvalue()
         self._socket.settimeout(timeout_s)
-        self._send_parts([memoryview(_N_PARTS.pack(len(parts)) + lengths), *parts])
+        header = _HEADER.pack(len(buffers), len(pickled))
+        if not buffers:
+            self._socket.sendall(header + pickled)
+            return
+        views = [buffer.raw() for buffer in buffers]
+        lengths = struct.pack(f"<{len(views)}Q", *(view.nbytes for view in views))
+        self._send_parts([memoryview(header + lengths + pickled), *views])
 
     def receive(self, timeout_s: float | None = None) -> Any:
         """Wait for an object and return it.
@@ -56,37 +63,30 @@ class Channel:
             EOFError, OSError: the other end has gone.
         """
         self._socket.settimeout(timeout_s)
-        (n_parts,) = _N_PARTS.unpack(self._read(_N_PARTS.size))
-        lengths = struct.unpack(f"<{n_parts}Q", self._read(8 * n_parts))
-        pickled, *buffers = [self._read(length) for length in lengths]
-        return pickle.loads(pickled, buffers=buffers)
-
-    def has_news(self) -> bool:
-        """Tell whether something can be read at once: a message, or the other end's end."""
-        self._socket.settimeout(0)
-        try:
-            self._socket.recv(1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return False
-        except OSError:
-            return True
-        return True
+        n_buffers, pickled_length = _HEADER.unpack(self._read(_HEADER.size))
+        lengths = struct.unpack(f"<{n_buffers}Q", self._read(8 * n_buffers))
+        pickled = self._read(pickled_length)
+        return pickle.loads(pickled, buffers=[self._read_buffer(length) for length in lengths])
 
     def wait_for_news(self, timeout_s: float) -> bool:
-        """Wait until something can be read, as ``has_news`` tells, or the time is up; tell which."""
-        poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
-        return bool(poll.poll(1000 * timeout_s))
+        """Wait until there is a message, or the other end has gone, or the time is up; tell whether there are news."""
+        return bool(self._poll.poll(1000 * timeout_s))
 
     def close(self) -> None:
         self._reader.close()
         self._socket.close()
 
-    def _read(self, n_bytes: int) -> bytearray:
+    def _read(self, n_bytes: int) -> bytes:
+        data = self._reader.read(n_bytes)
+        if len(data) < n_bytes:
+            raise EOFError("the other end has gone")
+        return data
+
+    def _read_buffer(self, n_bytes: int) -> bytearray:
         data = bytearray(n_bytes)
         view = memoryview(data)
         while view:
-            n = self._reader.readinto(view)  # type: ignore[attr-defined]
+            n = self._reader.readinto(view)
             if not n:
                 raise EOFError("the other end has gone")
             view = view[n:]
