@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help setup test demo lint types format clean
+.PHONY: help setup test demo lint types format bench soak clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,8 @@ help:
 	@echo "make lint     ruff, hadolint and shellcheck"
 	@echo "make types    mypy"
 	@echo "make format   let ruff format the code and fix what it can"
+	@echo "make bench    this server and others under load, compared (two hours; benchmarks/README.md says how to do less)"
+	@echo "make soak     ten minutes of mixed load; tells what was lost, mixed up or leaked (MINUTES=2: fewer)"
 	@echo "make clean    remove the virtual environment and all caches"
 	@echo "PYTHON=python3.11 before any of them names the interpreter (3.11 or newer)"
 
@@ -41,6 +43,12 @@ types: setup
 format: setup
 	$(VENV)/bin/ruff check --fix --exit-zero .
 	$(VENV)/bin/ruff format .
+
+bench: setup
+	@$(VENV)/bin/python benchmarks/bench.py
+
+soak: setup
+	@$(VENV)/bin/python benchmarks/soak.py --minutes $(or $(MINUTES),10)
 
 clean:
 	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache

@@ -81,6 +81,12 @@ def examples(shape: Path, several: Path, speech: Path) -> list[Example]:
         Example("image_captioning", "blip", ("image", shape)),
         Example("image_captioning", "vit_gpt2", ("image", shape)),
         Example("conditional_image_captioning", "blip", ("image", shape), {"text": "the ground is"}),
+        Example(
+            "conditional_image_captioning",
+            "blip2",
+            ("image", shape),
+            {"text": "Question: what colour is the shape? Answer:"},
+        ),
         Example("zero_shot_image_classification", "clip_vit_large_patch14", ("image", shape), {"classes": classes}),
         Example(
             "object_detection", "owlvit_base_patch32", ("image", several), {"config": {"classes": list(shapes.SHAPES)}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import select
 import threading
 import time
@@ -77,7 +78,7 @@ class Load:
     def wait_for_successes(self, n: int) -> None:
         """Wait until ``n`` requests that begin from now on have succeeded."""
         now = time.monotonic()
-        wait_until(lambda: self.labels(lambda o: o.begun >= now)["200"] >= n, f"{n} answers; got {self.labels()}")
+        wait_until(lambda: self.labels(lambda outcome: outcome.begun >= now)["200"] >= n, f"{n} answers")
 
     def _send(self, width: int) -> None:
         body = json.dumps({"image": encode_image(Image.new("RGB", (width, 9)))})
@@ -103,4 +104,4 @@ def _label(status: int, answer: Any, width: int) -> str:
     if status != 200:
         return f"{status} {answer['code']}"
     (caption,) = answer
-    return "200" if str(width) in caption.split() else "wrong answer"
+    return "200" if str(width) in re.split(r"\W|x", caption) else "wrong answer"

@@ -43,6 +43,11 @@ def engine_of(server: Server) -> psutil.Process:
     return psutil.Process(server.get(STATUS).json()["engine_pid"])
 
 
+def n_accepted(server: Server) -> int:
+    status = server.get(STATUS).json()
+    return int(status["running_jobs"]) + int(status["queue_depth"])
+
+
 def is_gone(process: psutil.Process) -> bool:
     """Tell whether a process has ended; its parent may not have asked yet how."""
     try:
@@ -78,7 +83,7 @@ def test_a_killed_engine_costs_its_requests_a_503_and_the_next_one_starts_anothe
 ) -> None:
     server = gunicorn(*THREADS, FAKE_SECONDS="2")
     in_flight = [pool.submit(server.post, CAPTION, {"image": picture}) for _ in range(4)]
-    wait_until(lambda: server.get(STATUS).json()["running_jobs"] > 0)
+    wait_until(lambda: n_accepted(server) == 4)
 
     engine_of(server).kill()
 

@@ -1,11 +1,11 @@
 """A consumer whose model lives in processes of its own: one, or as many as MODEL_REPLICAS_{MODEL} says.
 
-A process that dies costs the requests that it works on a 503, and is replaced at once; the others go on.
+A process that dies costs the request that it works on a 503, and is replaced at once; the others go on. Requests that
+shared a call with that one are tried once more, each alone.
 """
 
 from __future__ import annotations
 
-import logging
 import queue
 import threading
 from collections.abc import Callable
@@ -16,8 +16,6 @@ from feature_extraction_server.core.jobs import Batch
 from feature_extraction_server.core.logs import LogServer
 from feature_extraction_server.core.model import ModelRun
 from feature_extraction_server.core.model_process import ModelProcess
-
-logger = logging.getLogger(__name__)
 
 
 def start(model: ModelRun, log_server: LogServer) -> threading.Thread:
@@ -70,7 +68,6 @@ def _consume(model: ModelRun, log_server: LogServer) -> None:
         job.module = process
         process.is_wanted = lambda: not job.abandoned
         try:
-            _replace_if_dead(model, process)  # it may have died while there was nothing to do
             job.run()
             _replace_if_dead(model, process)
         finally:
@@ -86,14 +83,10 @@ def _consume(model: ModelRun, log_server: LogServer) -> None:
 
 
 def _replace_if_dead(model: ModelRun, process: ModelProcess) -> None:
-    """Start a process anew that has died. Where that fails, the model has failed."""
+    """Replace a process that has died at once, not with the next job. Where that fails, the model has failed."""
     if process.is_alive or not model.is_wanted:
         return
-    logger.error("A process of the model %s died and is replaced", model.name)
-    is_wanted, process.is_wanted = process.is_wanted, lambda: True
     try:
-        process.unload_model()
-        process.load_model()
+        process.replace()
     except ServerError as error:
         model.end(f"its process died, and another could not be started: {error.message}")
-    process.is_wanted = is_wanted

@@ -109,7 +109,10 @@ class EngineClient(ApplicationInterface):
         if deadline is None:
             deadline = time.monotonic() + self.settings.request_timeout.get()
         give_up_at = deadline + DEADLINE_MARGIN_S
-        connection = self._take_idle() or self._start_or_connect()
+        try:
+            connection = self._take_idle() or self._start_or_connect()
+        except OSError as error:  # out of file descriptors, say
+            raise ModelUnavailable(f"the engine process cannot be reached: {error.strerror}", retry_after=1) from None
         try:
             succeeded, answer = self._exchange(connection, request, give_up_at, is_wanted)
         except TimeoutError:
@@ -139,7 +142,7 @@ class EngineClient(ApplicationInterface):
                 raise TimeoutError
             if not is_wanted():  # the connection is closed then, by which the engine learns of it
                 raise ClientDisconnected("the client has gone")
-        answer: tuple[bool, Any] = connection.receive()
+        answer: tuple[bool, Any] = connection.receive(max(DEADLINE_MARGIN_S, give_up_at - time.monotonic()))
         return answer
 
     def _take_idle(self) -> Channel | None:

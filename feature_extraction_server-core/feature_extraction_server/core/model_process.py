@@ -102,7 +102,26 @@ class ModelProcess:
         self._process = self._channel = None
 
     def __getattr__(self, function: str) -> Callable[..., Any]:
-        return lambda *positional, **arguments: self._call(function, *positional, **arguments)
+        def call(*positional: Any, **arguments: Any) -> Any:
+            if not self.is_alive:  # the last call may have killed it, or it died while there was nothing to do
+                self.replace()
+            return self._call(function, *positional, **arguments)
+
+        return call
+
+    def replace(self) -> None:
+        """Start the process, which has died, anew and load the model in it.
+
+        Raises:
+            ServerError: as ``load_model`` does.
+        """
+        logger.error("The process of the model %s died and is replaced", self._model)
+        is_wanted, self.is_wanted = self.is_wanted, lambda: True
+        try:
+            self.unload_model()
+            self.load_model()
+        finally:
+            self.is_wanted = is_wanted
 
     def _call(self, function: str, *positional: Any, **arguments: Any) -> Any:
         if self._channel is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import resource
 import sys
 from typing import Final
 
@@ -16,6 +17,8 @@ from feature_extraction_server.flask.app import create_app
 
 #: The exit status of a worker at which gunicorn gives up (``Arbiter.APP_LOAD_ERROR``).
 GUNICORN_APP_LOAD_ERROR: Final = 4
+#: A client takes two of a web worker's file descriptors: its own connection, and one to the engine.
+MAX_OPEN_FILES: Final = 65536
 
 
 def entrypoint() -> Flask:
@@ -30,10 +33,22 @@ def entrypoint() -> Flask:
     except SystemExit as error:
         # gunicorn starts a worker that ends with another status again, for ever.
         raise SystemExit(GUNICORN_APP_LOAD_ERROR if in_worker else error.code) from None
+    _allow_many_connections()
     engine = EngineClient(registry, settings, owner_pid=os.getppid() if in_worker else os.getpid())
     atexit.register(engine.close)
     engine.preload()
     return create_app(engine)
+
+
+def _allow_many_connections() -> None:
+    """Raise the number of files that this process may have open: a gunicorn worker that has too many dies of it.
+
+    The usual 1024 are meant for programs that use ``select``. Processes started later inherit the number.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _called_by_gunicorn_worker() -> bool:

@@ -1,0 +1,287 @@
+"""Run a server under mixed load for minutes, and tell whether it lost, mixed up or leaked anything.
+
+    python benchmarks/soak.py --minutes 10
+
+Clients ask four models of ``tests/fakes``: a fast one, a slow one, one that fails on some pictures, and one in a
+process of its own which some pictures kill. Meanwhile the models are stopped and started. Every request must end in
+the right answer or in an error that its picture or a stop accounts for; memory, threads and file descriptors of the
+server's processes must not grow; at the end, all of it must be gone. The exit status is 1 where this does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import http.client
+import io
+import json
+import os
+import random
+import select
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+PLUGIN_PATH = [ROOT / "feature_extraction_server-core", *sorted((ROOT / "plugins").iterdir()), ROOT / "tests" / "fakes"]
+SETTINGS = {"FAKE_SECONDS": "0.03", "FAKE_LOAD_SECONDS": "0.05", "STOP_GRACE_PERIOD": "10", "MAX_QUEUE_SIZE": "64"}
+
+CLIENT_TIMEOUT_S = 60.0
+SAMPLE_INTERVAL_S = 0.25
+#: How much more of it a process may have in the run's last quarter than in its second one.
+ALLOWED_GROWTH = {"MiB": 16.0, "threads": 8.0, "files": 8.0}
+#: What a stop, a full queue or another request's picture may bring upon any request.
+UNLUCKY = {"503 model_unavailable", "429 queue_full"}
+RIGHT = "200"
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request, the caption it must get (or the beginning of it), and how else it may end."""
+
+    model: str
+    body: str
+    caption: str
+    outcomes: frozenset[str]
+
+    @property
+    def path(self) -> str:
+        return f"/api/models/{self.model}/tasks/image_captioning/features"
+
+
+@dataclass
+class Record:
+    """What was seen: how requests ended, what was done to models, and how much of what each process had, by sample."""
+
+    outcomes: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    operations: Counter[str] = field(default_factory=Counter)
+    violations: list[str] = field(default_factory=list)
+    samples: list[dict[tuple[str, str], float]] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def add(self, request: Request, outcome: str) -> None:
+        with self.lock:
+            self.outcomes[request.model][outcome] += 1
+            if outcome not in request.outcomes:
+                self.violations.append(f"{request.model} {request.caption!r}: {outcome}")
+
+
+def all_requests() -> list[Request]:
+    """Return requests of every kind; what kills a process is one in 500 of them."""
+
+    def request(model: str, width: int, caption: str, *outcomes: str) -> Request:
+        file = io.BytesIO()
+        Image.new("RGB", (width, 9), "red").save(file, "PNG")
+        body = json.dumps({"image": base64.b64encode(file.getvalue()).decode()})
+        return Request(model, body, caption, frozenset(outcomes) | UNLUCKY)
+
+    requests = []
+    for width in range(10, 40):
+        requests += [
+            request("fake_echo", width, f"{width}x9 (255, 0, 0)", RIGHT),
+            request("fake_slow", width, f"{width} in a batch of ", RIGHT),
+            request("fake_fragile", width, f"width {width} in process ", RIGHT),
+            request("fake_flaky", width, f"lucky width {width}", RIGHT if width % 7 else "500 model_error"),
+        ]
+    requests *= 4
+    requests.append(request("fake_slow", 1, "", "500 model_error"))
+    requests.append(request("fake_fragile", 2, ""))  # ends its process
+    requests.append(request("fake_fragile", 5, "", "500 model_error"))
+    requests.append(Request("fake_echo", '{"image": "no picture"}', "", frozenset({"400 invalid_input"})))
+    return requests
+
+
+def send(address: str, requests: list[Request], record: Record, ended: threading.Event, seed: int) -> None:
+    """Send one request after another, until ``ended``, over a connection that is kept as long as the server does."""
+    chance = random.Random(seed)
+    connection = http.client.HTTPConnection(address, timeout=CLIENT_TIMEOUT_S)
+    while not ended.is_set():
+        if connection.sock is not None and select.select([connection.sock], [], [], 0)[0]:
+            connection.close()  # the server closed it after its last answer
+        request = chance.choice(requests)
+        try:
+            outcome = ask(connection, request)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            connection.close()
+            outcome = f"lost: {type(error).__name__}: {error}"
+        record.add(request, outcome)
+        if outcome != RIGHT:
+            ended.wait(0.02)
+    connection.close()
+
+
+def ask(connection: http.client.HTTPConnection, request: Request) -> str:
+    connection.request("POST", request.path, request.body, {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    answer = json.loads(response.read())
+    if response.status != 200:
+        return f"{response.status} {answer['code']}"
+    (caption,) = answer
+    return RIGHT if request.caption and caption.startswith(request.caption) else f"wrong answer: {caption}"
+
+
+def operate(address: str, models: list[str], record: Record, ended: threading.Event) -> None:
+    """Stop and start models, one a second or so, and ask all of them how they are."""
+    chance = random.Random(0)
+    while not ended.wait(chance.uniform(0.2, 1.5)):
+        model, action = chance.choice(models), chance.choice(["start", "stop", "stop"])
+        connection = http.client.HTTPConnection(address, timeout=CLIENT_TIMEOUT_S)
+        try:
+            for method, path in [("POST", f"/api/models/{model}/{action}"), ("GET", f"/api/models/{model}/status")]:
+                connection.request(method, path, None, {"Content-Type": "application/json"})
+                response = connection.getresponse()
+                response.read()
+                if response.status != 200:
+                    record.violations.append(f"{method} {path}: {response.status}")
+            record.operations[action] += 1
+        except (OSError, http.client.HTTPException) as error:
+            record.violations.append(f"{action} {model}: {type(error).__name__}: {error}")
+        finally:
+            connection.close()
+
+
+def sample(server: psutil.Process, record: Record, ended: threading.Event) -> None:
+    """Note what the server's processes have. A model's process is left out: it does not live long here."""
+    while not ended.wait(SAMPLE_INTERVAL_S):
+        had: dict[tuple[str, str], float] = {}
+        for name, process in processes_of(server).items():
+            try:
+                had[name, "MiB"] = process.memory_info().rss / (1 << 20)
+                had[name, "threads"] = process.num_threads()
+                had[name, "files"] = process.num_fds()
+            except psutil.Error:
+                record.violations.append(f"the process of the {name} ended")
+        record.samples.append(had)
+
+
+def processes_of(server: psutil.Process) -> dict[str, psutil.Process]:
+    """Return the processes that live as long as the server, by what they are."""
+    found = {"master": server}
+    for child in server.children(recursive=True):
+        with suppress(psutil.Error):  # it has just ended
+            command = " ".join(child.cmdline())
+            if "core.engine_process" in command:
+                found["engine"] = child
+            elif "core.model_process" not in command and "gunicorn" in command:
+                found[f"web worker {child.pid}"] = child
+    return found
+
+
+def growth(record: Record) -> Iterator[tuple[str, str, float, float]]:
+    """Yield what each process had in the run's second quarter and in its last one (medians)."""
+    quarter = max(1, len(record.samples) // 4)
+    early, late = record.samples[quarter : 2 * quarter], record.samples[-quarter:]
+    for name, what in sorted({key for had in early + late for key in had}):
+        before = [had[name, what] for had in early if (name, what) in had]
+        after = [had[name, what] for had in late if (name, what) in had]
+        if not before or not after:
+            record.violations.append(f"the {name} did not live all the time")
+            continue
+        yield name, what, statistics.median(before), statistics.median(after)
+
+
+@contextmanager
+def running_server(folder: Path, n_workers: int) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """Start gunicorn as the repository configures it, and yield it and its address when it answers."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+    paths = os.pathsep.join(map(str, PLUGIN_PATH))
+    environment = os.environ | SETTINGS | {"PYTHONPATH": paths, "LOG_PATH": str(folder / "log.txt")}
+    options = ["-c", str(ROOT / "gunicorn.conf.py"), "-b", address, "-w", str(n_workers)]
+    with (folder / "server.txt").open("wb") as output:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "gunicorn", *options], cwd=folder, env=environment, stdout=output, stderr=output
+        )
+    try:
+        wait_until_ready(server, address)
+        yield server, address
+    except BaseException:
+        server.kill()
+        print((folder / "server.txt").read_text()[-5000:])  # noqa: T201
+        raise
+
+
+def wait_until_ready(server: subprocess.Popen[bytes], address: str) -> None:
+    give_up_at = time.monotonic() + CLIENT_TIMEOUT_S
+    while time.monotonic() < give_up_at and server.poll() is None:
+        connection = http.client.HTTPConnection(address, timeout=CLIENT_TIMEOUT_S)
+        try:
+            connection.request("GET", "/api/tasks/list")
+            if connection.getresponse().status == 200:
+                return
+        except OSError:
+            time.sleep(0.02)
+        finally:
+            connection.close()
+    raise TimeoutError(f"the server did not come up (exit status {server.poll()})")
+
+
+def soak(minutes: float, n_workers: int, n_clients: int) -> Record:
+    """Put a server under load for ``minutes``, end it, and return what was seen."""
+    record, ended, requests = Record(), threading.Event(), all_requests()
+    models = sorted({request.model for request in requests})
+    with tempfile.TemporaryDirectory() as folder, running_server(Path(folder), n_workers) as (server, address):
+        master = psutil.Process(server.pid)
+        threads = [
+            threading.Thread(target=send, args=(address, requests, record, ended, seed)) for seed in range(n_clients)
+        ]
+        threads.append(threading.Thread(target=operate, args=(address, models, record, ended)))
+        threads.append(threading.Thread(target=sample, args=(master, record, ended)))
+        for thread in threads:
+            thread.start()
+        ended.wait(60 * minutes)
+        ended.set()
+        for thread in threads:
+            thread.join()
+        left = [master, *master.children(recursive=True)]
+        server.terminate()
+        if (status := server.wait(CLIENT_TIMEOUT_S)) != 0:
+            record.violations.append(f"the server ended with status {status}")
+        for process in psutil.wait_procs(left, timeout=CLIENT_TIMEOUT_S)[1]:
+            record.violations.append(f"the process {process.pid} outlived the server")
+    return record
+
+
+def report(record: Record, minutes: float) -> str:
+    n_requests = sum(counts.total() for counts in record.outcomes.values())
+    operations = " and ".join(f"{n} times {action}" for action, n in sorted(record.operations.items()))
+    lines = [f"{n_requests} requests in {minutes:g} minutes; meanwhile, {operations}", "", "how they ended"]
+    for model, counts in sorted(record.outcomes.items()):
+        lines += [f"  {model:14} {n:8}  {outcome}" for outcome, n in counts.most_common(8)]
+    lines += ["", "what processes had in the second and in the last quarter"]
+    for name, what, before, after in growth(record):
+        lines.append(f"  {name:18} {what:8} {before:8.1f} {after:8.1f}")
+        if after - before > ALLOWED_GROWTH[what]:
+            record.violations.append(f"the {name} grew from {before:.1f} to {after:.1f} {what}")
+    lines += ["", f"violations: {len(record.violations)}"]
+    lines += [f"  {violation}" for violation in record.violations[:20]]
+    return "\n".join(lines)
+
+
+def main(arguments: Any = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--clients", type=int, default=24)
+    options = parser.parse_args(arguments)
+    record = soak(options.minutes, options.workers, options.clients)
+    print(report(record, options.minutes))  # noqa: T201
+    return 1 if record.violations else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
