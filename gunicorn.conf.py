@@ -23,9 +23,12 @@ bind = ":5000"
 workers = number_of_workers()
 
 # A request waits in its thread until the model has answered, and requests that wait together share one call of the
-# model: with one thread a worker, there would never be two to share.
+# model: with one thread a worker, there would never be two to share. There are more threads than requests may wait for
+# one model (MAX_QUEUE_SIZE, 1024), so that a model that is slow, full or hangs keeps neither other models' requests
+# nor health checks waiting. Threads are made when they are needed.
 worker_class = "gthread"
-threads = 64
+threads = 1100
+worker_connections = 2048
 
 # Plugins are imported once, and a wrong setting is told before a worker is forked.
 preload_app = True

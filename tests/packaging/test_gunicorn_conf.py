@@ -60,4 +60,4 @@ def test_configuration_names_the_app_and_lets_requests_share_a_worker(tmp_path: 
 
     assert "wsgi_app = feature_extraction_server.flask.entrypoint:entrypoint()" in printed
     assert "worker_class = gthread" in printed
-    assert "threads = 64" in printed
+    assert "threads = 1100" in printed

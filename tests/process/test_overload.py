@@ -28,8 +28,6 @@ QUEUE_SIZE = 32
 LOAD_S = 3.0
 TIMEOUT_S = 60.0
 N_FILES = 4096
-#: A thread for every client, so that those who wait for a model keep nobody else waiting.
-ROOM = ("--threads", "1100", "--worker-connections", "2048")
 MIB = 1 << 20
 
 
@@ -135,7 +133,8 @@ def test_a_thousand_clients_of_a_slow_model_are_served_up_to_the_queues_bound_an
     gunicorn: Callable[..., Server], files_for_clients: Callable[[], None]
 ) -> None:
     server = gunicorn(
-        *("-c", str(ROOT / "gunicorn.conf.py"), *ROOM),
+        "-c",
+        str(ROOT / "gunicorn.conf.py"),
         MAX_QUEUE_SIZE=str(QUEUE_SIZE),
         MAX_BATCH_SIZE=str(BATCH_SIZE),
         FAKE_SECONDS=str(CALL_S),
