@@ -102,6 +102,8 @@ class Results:
     memory_mb: dict[tuple[str, Contender], list[float]] = field(default_factory=dict)
     #: The share of the machine that was in use while no server ran.
     other_work: list[float] = field(default_factory=list)
+    #: The share of it that neither the server nor the generator used while one was measured.
+    other_work_during: list[float] = field(default_factory=list)
 
     def add(self, workload: str, contender: Contender, connections: int, measurement: Measurement) -> None:
         self.measurements.setdefault((workload, contender, connections), []).append(measurement)
@@ -212,15 +214,16 @@ class Running:
         """Wait until what a generator left unanswered when its time was up is done with."""
         self.ask(self.bodies[0])  # waits in the same queue, behind it
         give_up_at = time.monotonic() + MAX_DRAIN_S
-        used_before_s = self._cpu_s()
+        used_before_s = self.cpu_s()
         while time.monotonic() < give_up_at:
             time.sleep(DRAIN_CHECK_S)
-            used_s = self._cpu_s()
+            used_s = self.cpu_s()
             if used_s - used_before_s < IDLE_USE * DRAIN_CHECK_S:
                 return
             used_before_s = used_s
 
-    def _cpu_s(self) -> float:
+    def cpu_s(self) -> float:
+        """Return the time that its processes have used of the cores."""
         seconds = 0.0
         for process in family(self._process):
             with suppress(psutil.Error):
@@ -417,7 +420,11 @@ class Benchmark:
 
     def load(self, server: Running, connections: int, seconds: float) -> Measurement:
         server.wait_until_idle()
-        return measure(self.options.generator, server.url, server.bodies, connections, seconds)
+        begun, all_s, own_s = time.monotonic(), busy_s(), server.cpu_s() + generators_s()
+        measured = measure(self.options.generator, server.url, server.bodies, connections, seconds)
+        other_s = busy_s() - all_s - (server.cpu_s() + generators_s() - own_s)
+        self.results.other_work_during.append(max(0.0, other_s / (time.monotonic() - begun) / (os.cpu_count() or 1)))
+        return measured
 
     def note(self, workload: str, contender: Contender, connections: int, measured: Measurement) -> None:
         self.results.add(workload, contender, connections, measured)
@@ -428,6 +435,18 @@ class Benchmark:
 
     def note_other_work(self) -> None:
         self.results.other_work.append(psutil.cpu_percent(interval=0.5) / 100)
+
+
+def busy_s() -> float:
+    """Return the time that the machine's cores have been busy."""
+    times = psutil.cpu_times()
+    return float(sum(times[:8]) - times.idle - getattr(times, "iowait", 0.0))
+
+
+def generators_s() -> float:
+    """Return the time that the generators have used of the cores, those that have ended."""
+    times = os.times()
+    return times.children_user + times.children_system
 
 
 # The report
@@ -534,7 +553,7 @@ def report(benchmark: Benchmark) -> str:
 
 def machine(benchmark: Benchmark) -> list[str]:
     """Return the lines about when, on what and with which versions it was measured."""
-    options, work = benchmark.options, benchmark.results.other_work
+    options, results = benchmark.options, benchmark.results
     loads = [" ".join(f"{load:.2f}" for load in loads) for loads in (benchmark.load_before, os.getloadavg())]
     lines = [
         f"* {benchmark.began}, {options.rounds} rounds of {options.seconds:g} s (medians), {options.generator}",
@@ -544,11 +563,16 @@ def machine(benchmark: Benchmark) -> list[str]:
         f"* Python {platform.python_version()}, this server at commit {commit()}",
         *(f"* {name}: {', '.join(pins(name))}" for name in dict.fromkeys(["ours", *options.servers])),
     ]
-    if work:
-        others = f"other programs used {median(work):.0%} of the machine while no server ran, {max(work):.0%} at most"
-        warning = " **The machine was not idle: these numbers do not count.**" if median(work) > MAX_OTHER_WORK else ""
-        lines.insert(3, f"* {others}.{warning}")
+    for when, shares in (("before", results.other_work), ("during", results.other_work_during)):
+        if shares:
+            used = f"{median(shares):.0%} of the machine, {max(shares):.0%} at most"
+            lines.append(f"* other programs {when} the measurements: {used}{warning(shares)}")
     return lines
+
+
+def warning(shares: list[float]) -> str:
+    """Return what to say of a machine of which others use such shares: nothing if it was as good as idle."""
+    return ". **The machine was not idle: these numbers do not count.**" if median(shares) > MAX_OTHER_WORK else ""
 
 
 def pins(name: str) -> list[str]:

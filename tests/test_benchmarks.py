@@ -22,6 +22,7 @@ from benchmarks.bench import (
     contenders,
     parse,
     table,
+    warning,
 )
 from benchmarks.load import Measurement, choose_generator, measure, quantile
 from benchmarks.workloads import WORKLOADS, MeanColour, jpeg
@@ -111,6 +112,14 @@ def test_what_was_measured_before_a_server_failed_does_not_count() -> None:
 )
 def test_answers_agree_within_the_tolerance(answer: object, expected: object, tolerance: float, agreed: bool) -> None:
     assert agree(answer, expected, tolerance) is agreed
+
+
+@pytest.mark.parametrize(
+    ("shares", "warned"),
+    [pytest.param([0.0, 0.01, 0.6], False, id="one disturbance"), pytest.param([0.0, 0.2, 0.3], True, id="busy")],
+)
+def test_a_machine_that_was_busy_most_of_the_time_is_warned_of(shares: list[float], warned: bool) -> None:
+    assert ("not idle" in warning(shares)) is warned
 
 
 @pytest.mark.parametrize("workload", WORKLOADS.values(), ids=WORKLOADS)

@@ -110,6 +110,26 @@ def test_a_poisoned_job_fails_alone() -> None:
         jobs[1].future.result(0)
 
 
+def test_a_poisoned_job_among_many_is_found_in_few_calls() -> None:
+    jobs = [job(n) for n in range(32)]
+    n_calls = 0
+
+    def refuse_13(x: list[int]) -> list[int]:
+        nonlocal n_calls
+        n_calls += 1
+        if 13 in x:
+            raise RuntimeError("thirteen")
+        return double(x)
+
+    run_all(queue_of(*jobs), refuse_13)
+
+    assert [waiting.future.result(0) for waiting in jobs if waiting is not jobs[13]] == [
+        [2 * n] for n in range(32) if n != 13
+    ]
+    assert isinstance(jobs[13].future.exception(0), ModelError)
+    assert n_calls == 11
+
+
 @pytest.mark.parametrize("raised", [SystemExit(3), KeyboardInterrupt(), MemoryError(), StopIteration()], ids=repr)
 def test_whatever_a_model_raises_is_the_jobs_error(raised: BaseException) -> None:
     waiting = job(1)

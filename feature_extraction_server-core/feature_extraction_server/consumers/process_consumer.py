@@ -1,7 +1,7 @@
 """A consumer whose model lives in processes of its own: one, or as many as MODEL_REPLICAS_{MODEL} says.
 
 A process that dies costs the request that it works on a 503, and is replaced at once; the others go on. Requests that
-shared a call with that one are tried once more, each alone.
+shared a call with that one are tried again, in ever smaller calls.
 """
 
 from __future__ import annotations

@@ -105,19 +105,19 @@ class Batch:
 
     def run(self) -> None:
         """Call the model's function and answer the jobs. Raises nothing, whatever the function raises."""
-        pieces = [piece for piece in self.pieces if not piece.job.ended]
-        if not pieces:
-            return
-        error = self._try(pieces)
+        self._run([piece for piece in self.pieces if not piece.job.ended])
+
+    def _run(self, pieces: list[Piece]) -> None:
+        error = self._try(pieces) if pieces else None
         if error is None:
             return
         if len(pieces) == 1:
             pieces[0].job.fail(error)
             return
-        # One of the joined jobs may be the cause: run apart, it fails alone.
-        for piece in pieces:
-            if (error := self._try([piece])) is not None:
-                piece.job.fail(error)
+        # One of the joined jobs may be the cause, or all of them were too much at once: try each half apart.
+        middle = len(pieces) // 2
+        self._run(pieces[:middle])
+        self._run(pieces[middle:])
 
     def _try(self, pieces: list[Piece]) -> ServerError | None:
         n_items = sum(piece.stop - piece.start for piece in pieces)
