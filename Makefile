@@ -45,7 +45,7 @@ format: setup
 	$(VENV)/bin/ruff format .
 
 bench: setup
-	@$(VENV)/bin/python benchmarks/bench.py
+	@$(VENV)/bin/python benchmarks/bench.py $(BENCH)
 
 soak: setup
 	@$(VENV)/bin/python benchmarks/soak.py --minutes $(or $(MINUTES),10)

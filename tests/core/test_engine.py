@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -11,6 +10,7 @@ import pytest
 
 from feature_extraction_server.core.engine import Engine
 from feature_extraction_server.core.errors import ModelUnavailable
+from tests.waiting import wait_until
 
 WAIT_S = 20
 MODEL = """
@@ -51,13 +51,6 @@ def ask(engine: Engine, model: str, picture: str) -> Any:
 
 def states(engine: Engine, names: list[str]) -> list[str]:
     return [engine.status(name)["state"] for name in names]
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_the_model_that_was_idle_longest_makes_room(build: Build, three: list[str], picture: str) -> None:

@@ -22,6 +22,7 @@ from feature_extraction_server.core.errors import (
 from feature_extraction_server.core.jobs import Call, Job
 from feature_extraction_server.core.logs import LogServer
 from feature_extraction_server.core.model import Model, ModelOptions, ModelRun, State
+from tests.waiting import wait_until
 
 WAIT_S = 20
 SOON = ModelOptions(result_check_interval=0.01, stop_grace_period=WAIT_S, load_retry_delay=0)
@@ -99,13 +100,6 @@ def ask(model: Model, *items: Any, timeout_s: float = WAIT_S) -> Any:
 
 def wait_for(model: Model, *states: State) -> State:
     return model.wait_for_state(states, time.monotonic() + WAIT_S)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def test_a_request_starts_a_stopped_model(make: Callable[..., Model], fake: Fake) -> None:

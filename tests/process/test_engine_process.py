@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +15,7 @@ from PIL import Image
 
 from feature_extraction_server.core.engine_client import private_directory
 from tests.conftest import Server, encode_image
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.process
 
@@ -30,13 +30,6 @@ Gunicorn = Callable[..., Server]
 def pool() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(16) as executor:
         yield executor
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def engine_of(server: Server) -> psutil.Process:

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 
 import psutil
 import pytest
 
 from tests.conftest import Server
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.process
 
 MIB = 1 << 20
-WAIT_S = 30
 CAPTION = "/api/tasks/image_captioning/models/fake_big/features"
 STATUS = "/api/models/fake_big/status"
 
 
 def wait_for_state(server: Server, state: str) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while server.get(STATUS).json()["state"] != state:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_until(lambda: server.get(STATUS).json()["state"] == state, state)
 
 
 def test_stopping_a_model_of_1_gib_gives_its_memory_back_and_it_starts_again(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +16,7 @@ from PIL import Image
 from feature_extraction_server.core.engine import Engine
 from feature_extraction_server.flask.app import create_app
 from tests.conftest import Server, encode_image
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.process
 
@@ -57,13 +57,6 @@ def is_gone(pid: int) -> bool:
         return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def test_the_model_runs_in_a_process_of_its_own_which_ends_with_it(client: FlaskClient) -> None:
