@@ -6,12 +6,14 @@ import pickle
 import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from feature_extraction_server.core import wire
 from feature_extraction_server.core.media import Audio
 from feature_extraction_server.core.wire import Channel
 
@@ -101,3 +103,18 @@ def test_news_are_a_message_or_the_end(ends: tuple[Channel, Channel]) -> None:
 
     ends[1].close()
     assert ends[0].wait_for_news(0)
+
+
+def test_an_answer_that_stalls_half_way_counts_as_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "STALL_TIMEOUT_S", 1)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "socket"))
+        listener.listen()
+        channel = wire.connect(str(tmp_path / "socket"))
+        frozen, _ = listener.accept()
+        with frozen:
+            frozen.sendall(b"half a he")
+
+            with pytest.raises(EOFError):
+                channel.receive()
+        channel.close()

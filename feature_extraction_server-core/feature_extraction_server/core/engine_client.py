@@ -54,8 +54,7 @@ class EngineClient(ApplicationInterface):
         self._owner_pid = owner_pid
         self._owner_born = process_start_time(owner_pid)
         self._directory = private_directory(owner_pid)
-        self._idle: list[Channel] = []
-        self._lock = threading.Lock()
+        self._idle: list[Channel] = []  # append and pop are atomic
         self._process: subprocess.Popen[bytes] | None = None
         # A forked worker must not share its parent's connections.
         os.register_at_fork(after_in_child=self._forget_connections)
@@ -110,14 +109,16 @@ class EngineClient(ApplicationInterface):
             deadline = time.monotonic() + self.settings.request_timeout.get()
         give_up_at = deadline + DEADLINE_MARGIN_S
         try:
-            connection = self._take_idle() or self._start_or_connect()
+            connection = self._send(request, give_up_at)
+        except TimeoutError:
+            raise self._too_late() from None
         except OSError as error:  # out of file descriptors, say
             raise ModelUnavailable(f"the engine process cannot be reached: {error.strerror}", retry_after=1) from None
         try:
-            succeeded, answer = self._exchange(connection, request, give_up_at, is_wanted)
+            succeeded, answer = self._receive(connection, give_up_at, is_wanted)
         except TimeoutError:
             connection.close()
-            raise DeadlineExceeded("the engine gave no answer in time (REQUEST_TIMEOUT)") from None
+            raise self._too_late() from None
         except (OSError, EOFError):
             connection.close()
             logger.error("The engine process ended while a request was with it")
@@ -127,32 +128,44 @@ class EngineClient(ApplicationInterface):
         except BaseException:
             connection.close()  # an answer that is still owed must not meet the next question
             raise
-        with self._lock:
-            self._idle.append(connection)
+        self._idle.append(connection)
         if not succeeded:
             raise answer
         return answer
 
-    def _exchange(
-        self, connection: Channel, request: tuple[Any, ...], give_up_at: float, is_wanted: Callable[[], bool]
-    ) -> tuple[bool, Any]:
-        connection.send(request, max(DEADLINE_MARGIN_S, give_up_at - time.monotonic()))
+    @staticmethod
+    def _too_late() -> DeadlineExceeded:
+        return DeadlineExceeded("the engine gave no answer in time (REQUEST_TIMEOUT)")
+
+    def _send(self, request: tuple[Any, ...], give_up_at: float) -> Channel:
+        """Send a request by an idle connection, or a new one, and return it."""
+        while True:
+            try:
+                connection, is_new = self._idle.pop(), False
+            except IndexError:
+                connection, is_new = self._start_or_connect(), True
+            try:
+                connection.send(request, max(DEADLINE_MARGIN_S, give_up_at - time.monotonic()))
+                return connection
+            except TimeoutError:
+                connection.close()
+                raise
+            except OSError:  # the engine that it led to has died: nothing of the request has come to anybody
+                connection.close()
+                if is_new:
+                    raise
+            except BaseException:
+                connection.close()
+                raise
+
+    def _receive(self, connection: Channel, give_up_at: float, is_wanted: Callable[[], bool]) -> tuple[bool, Any]:
         while not connection.wait_for_news(max(0, min(self._check_interval_s, give_up_at - time.monotonic()))):
             if time.monotonic() >= give_up_at:
                 raise TimeoutError
             if not is_wanted():  # the connection is closed then, by which the engine learns of it
                 raise ClientDisconnected("the client has gone")
-        answer: tuple[bool, Any] = connection.receive(max(DEADLINE_MARGIN_S, give_up_at - time.monotonic()))
+        answer: tuple[bool, Any] = connection.receive()
         return answer
-
-    def _take_idle(self) -> Channel | None:
-        with self._lock:
-            while self._idle:
-                connection = self._idle.pop()
-                if not connection.wait_for_news(0):
-                    return connection
-                connection.close()  # nothing was asked, so that what can be read is the end of a dead engine
-        return None
 
     def _connect(self) -> Channel:
         return connect(str(self._directory / "engine"))
@@ -205,7 +218,6 @@ class EngineClient(ApplicationInterface):
 
     def _forget_connections(self) -> None:
         self._idle = []
-        self._lock = threading.Lock()
         self._process = None
 
 

@@ -12,6 +12,7 @@ import io
 import re
 import urllib.parse
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, cast
 
@@ -127,10 +128,9 @@ def _too_many_pixels(field: str, found: str, allowed: int) -> TooLarge:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # EXIF data that cannot be read says nothing about orientation
-        return image
+    with suppress(Exception):  # EXIF data that cannot be read says nothing about orientation
+        ImageOps.exif_transpose(image, in_place=True)  # else even an upright picture would be copied
+    return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

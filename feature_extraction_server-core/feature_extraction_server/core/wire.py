@@ -15,6 +15,8 @@ import select
 import socket
 import struct
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 from PIL import Image
@@ -22,6 +24,10 @@ from PIL import Image
 from feature_extraction_server.core.errors import ModelError
 
 _HEADER: Final = struct.Struct("<IQ")  # how many buffers, how long the pickle; the buffers' lengths come after it
+#: What a socket without an unread message takes at once. To set a timeout costs a system call, and Python's
+#: interpreter lock, for which all threads of a busy web worker queue up.
+_ALWAYS_FITS: Final = 1 << 15
+STALL_TIMEOUT_S: Final = 60
 _MAX_PARTS_A_CALL: Final = 512  # sendmsg takes IOV_MAX (1024) at most
 
 
@@ -46,14 +52,14 @@ class Channel:
         file = io.BytesIO()
         _Pickler(file, protocol=5, buffer_callback=buffers.append).dump(message)
         pickled = file.getvalue()
-        self._socket.settimeout(timeout_s)
         header = _HEADER.pack(len(buffers), len(pickled))
-        if not buffers:
+        if not buffers and len(pickled) < _ALWAYS_FITS:
             self._socket.sendall(header + pickled)
             return
         views = [buffer.raw() for buffer in buffers]
         lengths = struct.pack(f"<{len(views)}Q", *(view.nbytes for view in views))
-        self._send_parts([memoryview(header + lengths + pickled), *views])
+        with self._timeout(timeout_s):
+            self._send_parts([memoryview(header + lengths + pickled), *views])
 
     def receive(self, timeout_s: float | None = None) -> Any:
         """Wait for an object and return it.
@@ -62,11 +68,22 @@ class Channel:
             TimeoutError: it did not come in time; the channel can only be closed then.
             EOFError, OSError: the other end has gone.
         """
+        with self._timeout(timeout_s):
+            n_buffers, pickled_length = _HEADER.unpack(self._read(_HEADER.size))
+            lengths = struct.unpack(f"<{n_buffers}Q", self._read(8 * n_buffers)) if n_buffers else ()
+            pickled = self._read(pickled_length)
+            buffers = [self._read_buffer(length) for length in lengths]
+        return pickle.loads(pickled, buffers=buffers)
+
+    @contextmanager
+    def _timeout(self, timeout_s: float | None) -> Iterator[None]:
+        """Bound what is done with the socket meanwhile; afterwards it blocks again, as it does by default."""
+        if timeout_s is None:
+            yield
+            return
         self._socket.settimeout(timeout_s)
-        n_buffers, pickled_length = _HEADER.unpack(self._read(_HEADER.size))
-        lengths = struct.unpack(f"<{n_buffers}Q", self._read(8 * n_buffers))
-        pickled = self._read(pickled_length)
-        return pickle.loads(pickled, buffers=[self._read_buffer(length) for length in lengths])
+        yield
+        self._socket.settimeout(None)
 
     def wait_for_news(self, timeout_s: float) -> bool:
         """Wait until there is a message, or the other end has gone, or the time is up; tell whether there are news."""
@@ -77,7 +94,7 @@ class Channel:
         self._socket.close()
 
     def _read(self, n_bytes: int) -> bytes:
-        data = self._reader.read(n_bytes)
+        data = self._reader.read(n_bytes) or b""  # None where it stalled
         if len(data) < n_bytes:
             raise EOFError("the other end has gone")
         return data
@@ -102,7 +119,7 @@ class Channel:
 
 
 def connect(path: str) -> Channel:
-    """Connect to a listening Unix socket.
+    """Connect to a listening Unix socket. An answer that stalls for ``STALL_TIMEOUT_S`` counts as the other end's end.
 
     Raises:
         OSError: nobody listens there.
@@ -110,6 +127,8 @@ def connect(path: str) -> Channel:
     client = socket.socket(socket.AF_UNIX)
     try:
         client.connect(path)
+        # An answer that has begun to come is there at once, unless the other end is frozen.
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", STALL_TIMEOUT_S, 0))
     except BaseException:
         client.close()
         raise
