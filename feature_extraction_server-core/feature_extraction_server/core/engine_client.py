@@ -205,9 +205,10 @@ class EngineClient(ApplicationInterface):
         while True:
             born = time.monotonic()
             try:
-                self._start_or_connect().receive()  # ends with the engine, since nothing was asked
-            except EOFError:
-                pass
+                connection = self._start_or_connect()
+                while not connection.wait_for_news(MAX_RESTART_DELAY_S):
+                    pass  # nothing was asked: the only news can be the engine's end
+                connection.close()
             except (OSError, ModelUnavailable):
                 logger.exception("The engine process could not be started")
             if not is_alive(self._owner_pid, self._owner_born):
