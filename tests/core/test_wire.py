@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -22,7 +25,7 @@ WAIT_S = 20
 
 @pytest.fixture
 def ends() -> Iterator[tuple[Channel, Channel]]:
-    first, second = (Channel(end) for end in socket.socketpair())
+    first, second = (Channel(end, WAIT_S) for end in socket.socketpair())
     yield first, second
     first.close()
     second.close()
@@ -32,7 +35,7 @@ def cross(ends: tuple[Channel, Channel], message: Any) -> Any:
     """Send from a thread of its own, since a large message waits for its reader."""
     sender = threading.Thread(target=ends[0].send, args=(message,))
     sender.start()
-    received = ends[1].receive(WAIT_S)
+    received = ends[1].receive()
     sender.join(WAIT_S)
     return received
 
@@ -61,19 +64,36 @@ def test_a_recording_arrives_as_it_was_and_outside_the_pickle(
 ) -> None:
     audio = Audio(np.linspace(-1, 1, 1_000_000, dtype=np.float32), 16_000)
     pickled: list[int] = []
-    loads = pickle.loads
 
-    def record(data: bytes, **rest: Any) -> Any:
-        pickled.append(len(data))
-        return loads(data, **rest)
+    class Recording(wire._Unpickler):
+        def __init__(self, file: io.BytesIO, *rest: Any) -> None:
+            pickled.append(len(file.getvalue()))
+            super().__init__(file, *rest)
 
-    monkeypatch.setattr(pickle, "loads", record)
+    monkeypatch.setattr(wire, "_Unpickler", Recording)
 
     received = cross(ends, audio)
 
     np.testing.assert_array_equal(received.samples, audio.samples)
     assert received.sampling_rate == 16_000
     assert pickled[0] < 1000
+
+
+def test_pictures_of_one_message_arrive_in_their_order(ends: tuple[Channel, Channel]) -> None:
+    pictures = [Image.new("RGB", (200 + n, 300), (n, 0, 0)) for n in range(9)]
+    samples = np.arange(1000, dtype=np.float32)
+
+    received = cross(ends, [pictures[0], samples, *pictures[1:], pictures[0]])
+
+    assert [picture.getpixel((0, 0)) for picture in (received[0], *received[2:])] == [(n, 0, 0) for n in [*range(9), 0]]
+    np.testing.assert_array_equal(received[1], samples)
+
+
+def test_messages_that_come_together_are_told_apart(ends: tuple[Channel, Channel]) -> None:
+    for n in range(3):
+        ends[0].send(n)
+
+    assert [ends[1].receive() for _ in range(3)] == [0, 1, 2]
 
 
 def test_what_cannot_be_pickled_is_told_before_anything_is_sent(ends: tuple[Channel, Channel]) -> None:
@@ -84,13 +104,14 @@ def test_what_cannot_be_pickled_is_told_before_anything_is_sent(ends: tuple[Chan
 
 
 def test_waiting_ends_when_the_other_end_goes_or_the_time_is_up(ends: tuple[Channel, Channel]) -> None:
+    impatient = Channel(ends[0]._socket, 0.01)
     with pytest.raises(TimeoutError):
-        ends[0].receive(0.01)
+        impatient.receive()
 
     ends[1].close()
 
     with pytest.raises(EOFError):
-        Channel(ends[0]._socket).receive(WAIT_S)
+        impatient.receive()
 
 
 def test_news_are_a_message_or_the_end(ends: tuple[Channel, Channel]) -> None:
@@ -98,7 +119,7 @@ def test_news_are_a_message_or_the_end(ends: tuple[Channel, Channel]) -> None:
 
     ends[1].send("message")
     assert ends[0].wait_for_news(0)
-    assert ends[0].receive(WAIT_S) == "message"
+    assert ends[0].receive() == "message"
     assert not ends[0].wait_for_news(0)
 
     ends[1].close()
@@ -110,7 +131,7 @@ def test_an_answer_that_stalls_half_way_counts_as_the_end(tmp_path: Path, monkey
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "socket"))
         listener.listen()
-        channel = wire.connect(str(tmp_path / "socket"))
+        channel = wire.connect(str(tmp_path / "socket"), 0.1)
         frozen, _ = listener.accept()
         with frozen:
             frozen.sendall(b"half a he")
@@ -118,3 +139,13 @@ def test_an_answer_that_stalls_half_way_counts_as_the_end(tmp_path: Path, monkey
             with pytest.raises(EOFError):
                 channel.receive()
         channel.close()
+
+
+def test_answer_is_sent_while_another_thread_still_imports_torch(
+    ends: tuple[Channel, Channel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", ModuleType("torch"))
+
+    wire.send_answer(ends[0], (True, {"state": "loading"}))
+
+    assert ends[1].receive() == (True, {"state": "loading"})

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from feature_extraction_server.core.application import ApplicationInterface
+from feature_extraction_server.core.cores import all_cores
 from feature_extraction_server.core.errors import ClientDisconnected, DeadlineExceeded, ModelUnavailable
 from feature_extraction_server.core.jobs import Call
 from feature_extraction_server.core.plugins import Registry
@@ -51,9 +52,9 @@ class EngineClient(ApplicationInterface):
     def __init__(self, registry: Registry, settings: ServerSettings, owner_pid: int) -> None:
         super().__init__(registry, settings)
         self._check_interval_s = settings.result_check_interval
-        self._owner_pid = owner_pid
+        self.owner_pid = owner_pid
         self._owner_born = process_start_time(owner_pid)
-        self._directory = private_directory(owner_pid)
+        self._directory = self.shared_directory = private_directory(owner_pid)
         self._idle: list[Channel] = []  # append and pop are atomic
         self._process: subprocess.Popen[bytes] | None = None
         # A forked worker must not share its parent's connections.
@@ -82,21 +83,31 @@ class EngineClient(ApplicationInterface):
         """
         if not self.settings.preload_models():
             return
-        if os.getpid() != self._owner_pid:
+        if os.getpid() != self.owner_pid:
             self._start_watcher()
             return
         self._idle.append(self._start_or_connect())
         # No thread here: the owner may be a master that forks its workers, where the thread would not exist.
         os.register_at_fork(after_in_child=self._start_watcher)
 
+    def in_each_worker(self, begin: Callable[[], None]) -> None:
+        if os.getpid() == self.owner_pid:  # a master, perhaps, that forks its workers
+            os.register_at_fork(after_in_child=begin)
+        else:
+            begin()
+
+    @property
+    def is_ending(self) -> bool:
+        return not is_alive(self.owner_pid, self._owner_born)
+
     def close(self) -> None:
         """End the engine, if it runs, and wait until it is gone. Only the owner's close does anything."""
-        if os.getpid() != self._owner_pid:
+        if os.getpid() != self.owner_pid:
             return
         with suppress(OSError, EOFError):
             connection = self._connect()
             connection.send(("shutdown",))
-            connection.receive(START_TIMEOUT_S)  # ends with the engine
+            connection.wait_for_news(START_TIMEOUT_S)  # ends with the engine
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _ask(
@@ -159,25 +170,30 @@ class EngineClient(ApplicationInterface):
                 raise
 
     def _receive(self, connection: Channel, give_up_at: float, is_wanted: Callable[[], bool]) -> tuple[bool, Any]:
-        while not connection.wait_for_news(max(0, min(self._check_interval_s, give_up_at - time.monotonic()))):
-            if time.monotonic() >= give_up_at:
-                raise TimeoutError
-            if not is_wanted():  # the connection is closed then, by which the engine learns of it
-                raise ClientDisconnected("the client has gone")
-        answer: tuple[bool, Any] = connection.receive()
-        return answer
+        while True:
+            remaining = give_up_at - time.monotonic()
+            try:
+                if remaining < self._check_interval_s and not connection.wait_for_news(max(0, remaining)):
+                    raise TimeoutError
+                answer: tuple[bool, Any] = connection.receive()
+                return answer
+            except TimeoutError:
+                if time.monotonic() >= give_up_at:
+                    raise
+                if not is_wanted():  # the connection is closed then, by which the engine learns of it
+                    raise ClientDisconnected("the client has gone") from None
 
     def _connect(self) -> Channel:
-        return connect(str(self._directory / "engine"))
+        return connect(str(self._directory / "engine"), self._check_interval_s)
 
     def _start_or_connect(self) -> Channel:
         with suppress(OSError):
             return self._connect()
-        if not is_alive(self._owner_pid, self._owner_born):
+        if not is_alive(self.owner_pid, self._owner_born):
             # Without its master, gunicorn's worker goes on as long as clients keep it busy: ask it to end.
             os.kill(os.getpid(), signal.SIGTERM)
             raise ModelUnavailable("the server is ending, since its main process has gone")
-        private_directory(self._owner_pid)  # once more: a clean-up of temporary files may have taken it
+        private_directory(self.owner_pid)  # once more: a clean-up of temporary files may have taken it
         with (self._directory / "lock").open("w") as lock_file:
             fcntl.flock(lock_file, fcntl.LOCK_EX)
             with suppress(OSError):
@@ -185,10 +201,11 @@ class EngineClient(ApplicationInterface):
             return self._start_engine()
 
     def _start_engine(self) -> Channel:
-        command = [sys.executable, "-P", "-m", ENGINE_MODULE, str(self._directory), str(self._owner_pid)]
+        command = [sys.executable, "-P", "-m", ENGINE_MODULE, str(self._directory), str(self.owner_pid)]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         # A session of its own, since a terminal's Ctrl-C must not end it before the requests that it works on.
-        self._process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+        with all_cores():
+            self._process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
         give_up_at = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < give_up_at and self._process.poll() is None:
             with suppress(OSError):
@@ -211,7 +228,7 @@ class EngineClient(ApplicationInterface):
                 connection.close()
             except (OSError, ModelUnavailable):
                 logger.exception("The engine process could not be started")
-            if not is_alive(self._owner_pid, self._owner_born):
+            if not is_alive(self.owner_pid, self._owner_born):
                 return
             lived_s = time.monotonic() - born
             delay_s = 0.0 if lived_s > MAX_RESTART_DELAY_S else min(2 * delay_s + 0.1, MAX_RESTART_DELAY_S)

@@ -1,4 +1,4 @@
-"""Images and recordings: from a client's base64 text to pictures and samples.
+"""Images and recordings: from a client's files, as bytes or as base64 text, to pictures and samples.
 
 All of this runs on the request's own thread. Pillow is imported with this module; NumPy, soundfile and soxr
 only when the first recording arrives.
@@ -6,18 +6,21 @@ only when the first recording arrives.
 
 from __future__ import annotations
 
-import base64
 import binascii
 import io
 import re
+import threading
 import urllib.parse
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, cast
 
+import pybase64
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from feature_extraction_server.core.cores import N_CORES, all_cores
 from feature_extraction_server.core.errors import InvalidInput, TooLarge
 
 if TYPE_CHECKING:
@@ -34,6 +37,18 @@ _DATA_URL: Final = re.compile(r"data:([^,;]*)((?:;[^,;]*)*),", re.IGNORECASE)
 _URL_SAFE: Final = bytes.maketrans(b"-_", b"+/")
 _WHITE_SPACE: Final = b" \t\r\n\f\v"
 _AUDIO_BLOCK_VALUES: Final = 1 << 20
+
+# Decoders run without Python's interpreter lock. More of them at a time than there are cores would only take turns.
+_decoders: Final = threading.BoundedSemaphore(N_CORES)
+# Pictures freed and made in turn: to have the system take back their memory and hand it out anew, page by page, takes
+# longer than to decode one. These are blocks of at most 16 MiB that Pillow keeps.
+Image.core.set_blocks_max(2 * N_CORES)
+
+
+@contextmanager
+def _decoding() -> Iterator[None]:
+    with _decoders, all_cores():
+        yield
 
 
 @dataclass(frozen=True)
@@ -64,13 +79,16 @@ def decode_base64(text: str, field: str) -> bytes:
     Raises:
         InvalidInput: the text is empty or not base64; the error names ``field``.
     """
+    with suppress(ValueError):  # most senders follow the standard to the letter, and that is fastest
+        if data := pybase64.b64decode(text, validate=True):
+            return data
     text = text.lstrip()
     try:
         if text[:5].lower() == "data:":
             text = _data_of_url(text, field)
         encoded = text.encode("ascii").translate(_URL_SAFE, delete=_WHITE_SPACE).rstrip(b"=")
         # One character more than a multiple of four encodes nothing: b64decode refuses it.
-        data = base64.b64decode(encoded + b"=" * (-len(encoded) % 4), validate=True)
+        data = pybase64.b64decode(encoded + b"=" * (-len(encoded) % 4), validate=True)
     except (UnicodeError, binascii.Error):
         raise InvalidInput(
             f"{field} is not valid base64: encode the file's bytes as base64, with or without a data URL prefix",
@@ -89,8 +107,16 @@ def _data_of_url(url: str, field: str) -> str:
     return urllib.parse.unquote(data, errors="strict") if "%" in data else data
 
 
-def decode_image(text: str, field: str, max_pixels: int) -> Image.Image:
-    """Decode a base64 picture of any format that Pillow reads (but EPS) to RGB.
+def _file_of(source: str | bytes, field: str) -> bytes:
+    if isinstance(source, str):
+        return decode_base64(source, field)
+    if not source:
+        raise InvalidInput(f"{field} is empty: it must be a file of at least one byte", field=field)
+    return source
+
+
+def decode_image(source: str | bytes, field: str, max_pixels: int) -> Image.Image:
+    """Decode a picture's file, or its base64, of any format that Pillow reads (but EPS) to RGB.
 
     EXIF orientation is applied, transparency laid over white, 16-bit grey scaled to 8 bits; of an animation the first
     frame is taken.
@@ -99,7 +125,12 @@ def decode_image(text: str, field: str, max_pixels: int) -> Image.Image:
         InvalidInput: not base64, not a picture, or a damaged one; the error names ``field``.
         TooLarge: more than ``max_pixels`` pixels (found out before decoding).
     """
-    data = decode_base64(text, field)
+    data = _file_of(source, field)
+    with _decoding():
+        return _decode_image(data, field, max_pixels)
+
+
+def _decode_image(data: bytes, field: str, max_pixels: int) -> Image.Image:
     # Some formats (icons) decode a picture within the file as soon as they are opened: Pillow's own limit is for those.
     Image.MAX_IMAGE_PIXELS = max_pixels
     try:
@@ -154,8 +185,8 @@ def _to_8_bit_grey(image: Image.Image) -> Image.Image:
     return image.point(lambda value: value * (255 / full_scale) + 0.5).convert("L")
 
 
-def decode_audio(text: str, field: str, max_seconds: float) -> Audio:
-    """Decode a base64 recording (WAV, FLAC, OGG, MP3 and whatever else libsndfile reads).
+def decode_audio(source: str | bytes, field: str, max_seconds: float) -> Audio:
+    """Decode a recording's file, or its base64 (WAV, FLAC, OGG, MP3 and whatever else libsndfile reads).
 
     Raises:
         InvalidInput: not base64, not a recording, a damaged or an empty one; the error names ``field``.
@@ -163,9 +194,9 @@ def decode_audio(text: str, field: str, max_seconds: float) -> Audio:
     """
     import soundfile
 
-    data = decode_base64(text, field)
+    data = _file_of(source, field)
     try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
+        with _decoding(), soundfile.SoundFile(io.BytesIO(data)) as file:
             samples = _read_mono(file, field, max_seconds)
             sampling_rate = file.samplerate
     except soundfile.LibsndfileError as error:

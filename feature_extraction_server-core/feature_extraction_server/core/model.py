@@ -7,15 +7,11 @@ the new state is set first, the waiters are answered last, so that who is answer
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import logging
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from types import ModuleType
@@ -31,6 +27,8 @@ from feature_extraction_server.core.errors import (
 )
 from feature_extraction_server.core.jobs import Batch, Job, JobQueue
 from feature_extraction_server.core.logs import LogServer
+from feature_extraction_server.core.memory import give_back_memory
+from feature_extraction_server.core.resources import device_of, resident_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +81,7 @@ class ModelRun:
         # Accepted and not yet answered, the ones in a batch included.
         self.jobs: Final[set[Job]] = {job for job in queue if not job.ended}
         self.pids: Callable[[], list[int]] = lambda: [os.getpid()]  # where the model lives
+        self.device: str | None = None
         self.loaded = False
         self.ended = False
         self.handle: ConsumerHandle | None = None
@@ -110,11 +109,12 @@ class ModelRun:
             failure = f"the model {self.name} failed to load: {_describe(error)}"
         if failure is None:
             self.loaded = True
+            self.device = device_of(module)
             self._model._load_succeeded(self, time.monotonic() - started)
         else:
             # Only now has the traceback let go of what was loaded so far.
             self._drop_globals()
-            _release_memory()
+            give_back_memory()
             self._model._load_failed(self, failure)
 
     def fetch_jobs(self) -> Iterator[Batch]:
@@ -145,7 +145,7 @@ class ModelRun:
         if unload_model is None:
             self._drop_globals()
         self.loaded = False
-        _release_memory()
+        give_back_memory()
 
     def _drop_globals(self) -> None:
         """Give the module's globals the values that they had before ``load_model`` set them."""
@@ -187,7 +187,10 @@ class Model:
         self._state = State.STOPPED
         self._error: str | None = None
         self._retry_at = 0.0
+        self._state_since = time.monotonic()
         self._load_seconds: float | None = None
+        self._n_loads = self._n_failed_loads = 0
+        self._n_jobs = self._n_items = self._n_failures = 0
         self._last_used = time.monotonic()
         self._run: ModelRun | None = None
         self._restart = False
@@ -236,6 +239,8 @@ class Model:
             accepted = len(queue) < self.options.max_queue_size
             if accepted:
                 self._last_used = time.monotonic()
+                self._n_jobs += 1
+                self._n_items += job.n_items
                 queue.put(job)
             if accepted and queue is not self._next_queue:
                 self._current_run().jobs.add(job)
@@ -269,6 +274,11 @@ class Model:
                     if not is_wanted():
                         raise ClientDisconnected("the client has gone") from None
             raise DeadlineExceeded(f"the model {self.name} gave no answer in time (REQUEST_TIMEOUT)")
+        except ServerError as error:
+            if error.status >= 500:
+                with self._changed:
+                    self._n_failures += 1
+            raise
         finally:
             job.cancel()
             self._forget(job)
@@ -290,21 +300,37 @@ class Model:
         raise DeadlineExceeded(f"the model {self.name} is still {self._state} (REQUEST_TIMEOUT)")
 
     def status(self) -> dict[str, Any]:
-        """Return the model's state as a JSON-ready dict; ``load_seconds`` is how long its last
-        load took, ``pids`` the processes it runs in, ``engine_pid`` the one that has its queue."""
+        """Return the model's state as a JSON-ready dict.
+
+        ``state_seconds`` is how long it has been in its state, ``load_seconds`` how long its last load took, ``pids``
+        the processes it runs in, ``memory_bytes`` what these hold (other models of theirs included), ``engine_pid`` the
+        one that has its queue. ``counts`` are since the engine's start; a failure is a job answered with a 5xx.
+        """
         self.notice_dead_consumer()
         with self._changed:
+            run = self._run if self._run and not self._run.ended else None
             n_waiting = len(self._run.queue) if self._run else 0
             n_accepted = len(self._run.jobs) if self._run else 0
+            pids = run.pids() if run else []
             return {
                 "model": self.name,
                 "state": str(self._state),
+                "state_seconds": round(time.monotonic() - self._state_since, 3),
                 "error": self._error,
                 "queue_depth": n_waiting + len(self._next_queue),
                 "running_jobs": max(0, n_accepted - n_waiting),
                 "consumer_type": self.consumer_type,
                 "load_seconds": self._load_seconds,
-                "pids": self._run.pids() if self._run and not self._run.ended else [],
+                "device": run.device if run else None,
+                "memory_bytes": resident_bytes(pids),
+                "counts": {
+                    "loads": self._n_loads,
+                    "failed_loads": self._n_failed_loads,
+                    "jobs": self._n_jobs,
+                    "items": self._n_items,
+                    "failures": self._n_failures,
+                },
+                "pids": pids,
                 "engine_pid": os.getpid(),
             }
 
@@ -354,6 +380,7 @@ class Model:
         with self._changed:
             self._last_used = time.monotonic()
             self._load_seconds = round(seconds, 3)
+            self._n_loads += 1
             if self._state is State.LOADING:
                 self._set_state(State.RUNNING)
         logger.info("The model %s was loaded in %.1f s", self.name, seconds)
@@ -363,6 +390,7 @@ class Model:
             if run.ended:
                 return
             run.ended = True
+            self._n_failed_loads += 1
             jobs, run_next = self._leave(run, reason)
             self._retry_at = time.monotonic() + self.options.load_retry_delay
         self._fail(jobs, ModelLoadFailed(reason))
@@ -447,6 +475,7 @@ class Model:
     def _set_state(self, state: State, error: str | None = None) -> None:
         logger.info("The model %s is %s", self.name, state)
         self._state = state
+        self._state_since = time.monotonic()
         self._error = error
         self._changed.notify_all()
 
@@ -488,14 +517,3 @@ class Model:
 
 def _describe(error: BaseException) -> str:
     return error.message if isinstance(error, ServerError) else f"{type(error).__name__}: {error}"
-
-
-def _release_memory() -> None:
-    """Give freed memory back to the device and to the operating system."""
-    gc.collect()
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    if sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # a C library other than glibc
-            ctypes.CDLL(None).malloc_trim(0)

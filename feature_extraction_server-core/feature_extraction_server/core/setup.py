@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from feature_extraction_server.core.engine import Engine
 from feature_extraction_server.core.errors import SettingError
 from feature_extraction_server.core.logs import LogServer
+from feature_extraction_server.core.memory import keep_freed_memory
 from feature_extraction_server.core.plugins import KINDS, Registry, discover
 from feature_extraction_server.core.server_settings import ServerSettings
 from feature_extraction_server.core.settings import SettingsManager
@@ -27,6 +28,7 @@ def set_up(
 
     Exits with status 2 and one line on standard error where a setting's value is not allowed.
     """
+    keep_freed_memory()
     log_server = LogServer(settings)
     registry = discover(settings, kinds)
     server_settings = ServerSettings(settings, registry)
@@ -35,6 +37,7 @@ def set_up(
     try:
         settings.check()
         server_settings.preload_models()
+        server_settings.limits()
         log_server.configure()
     except SettingError as error:
         sys.stderr.write(f"feature_extraction_server: {error}\n")

@@ -1,8 +1,9 @@
 """Messages between the web workers and the engine: pickled objects over a Unix socket.
 
-A message is a header (how many buffers, how long everything is), the pickle, and then the large buffers of the object
-(pictures, samples, arrays), which pickle's protocol 5 leaves outside: they go from where they lie to the socket, and
-from the socket to where they will lie, without being copied into the pickle.
+A message is a header, the pickle, and then the buffers of arrays, which pickle's protocol 5 leaves outside: they go
+from where they lie to the socket, and from the socket to where they will lie. Pictures go through shared memory
+(``pixels``), one after the other: with the message comes the file descriptor of the memory that holds the first one;
+for each, the receiver says when it has copied it.
 
 Unpickling runs whatever the sender wants; only sockets in a private directory may be read.
 """
@@ -10,35 +11,50 @@ Unpickling runs whatever the sender wants; only sockets in a private directory m
 from __future__ import annotations
 
 import io
+import mmap
 import pickle
 import select
 import socket
 import struct
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final
 
 from PIL import Image
 
+from feature_extraction_server.core import pixels
 from feature_extraction_server.core.errors import ModelError
 
 _HEADER: Final = struct.Struct("<IQ")  # how many buffers, how long the pickle; the buffers' lengths come after it
-#: What a socket without an unread message takes at once. To set a timeout costs a system call, and Python's
-#: interpreter lock, for which all threads of a busy web worker queue up.
+#: What a socket without an unread message takes at once, and how much is asked of it at once. Each further system
+#: call costs Python's interpreter lock, for which all threads of a busy web worker queue up.
 _ALWAYS_FITS: Final = 1 << 15
 STALL_TIMEOUT_S: Final = 60
 _MAX_PARTS_A_CALL: Final = 512  # sendmsg takes IOV_MAX (1024) at most
+_DESCRIPTOR: Final = struct.Struct("i")
+_COPIED: Final = b"c"  # what the receiver says of a picture
+_NEXT: Final = b"n"  # what the sender says of one that is not the first
 
 
 class Channel:
-    """One end of a connected socket. For one thread at a time."""
+    """One end of a connected socket. For one thread at a time.
 
-    def __init__(self, connected: socket.socket) -> None:
+    Args:
+        patience_s: how long ``receive`` waits for a message; None: for ever.
+    """
+
+    def __init__(self, connected: socket.socket, patience_s: float | None = None) -> None:
         self._socket = connected
-        self._reader = connected.makefile("rb")
         self._poll = select.poll()
         self._poll.register(connected, select.POLLIN)
+        self._unread = b""  # what came together with the message before
+        self._memory: mmap.mmap | None = None  # where the pictures of the message that is being read come
+        if patience_s is not None:
+            whole, part = divmod(max(1, round(patience_s * 1e6)), 1_000_000)
+            # Unlike Python's own timeouts, this one costs no system call a message.
+            connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", whole, part))
 
     def send(self, message: Any, timeout_s: float | None = None) -> None:
         """Send an object.
@@ -48,32 +64,49 @@ class Channel:
             TimeoutError: the other end did not take it in time; the channel can only be closed then.
             OSError: the other end has gone.
         """
-        buffers: list[pickle.PickleBuffer] = []
         file = io.BytesIO()
-        _Pickler(file, protocol=5, buffer_callback=buffers.append).dump(message)
-        pickled = file.getvalue()
-        header = _HEADER.pack(len(buffers), len(pickled))
-        if not buffers and len(pickled) < _ALWAYS_FITS:
+        pickler = _Pickler(file)
+        pickler.dump(message)
+        pickled, arrays = file.getvalue(), pickler.arrays
+        header = _HEADER.pack(len(arrays), len(pickled))
+        if not arrays and not pickler.pictures and len(pickled) < _ALWAYS_FITS:
             self._socket.sendall(header + pickled)
             return
-        views = [buffer.raw() for buffer in buffers]
-        lengths = struct.pack(f"<{len(views)}Q", *(view.nbytes for view in views))
+        lengths = struct.pack(f"<{len(arrays)}Q", *(array.nbytes for array in arrays))
+        parts = [memoryview(header + lengths + pickled), *arrays]
         with self._timeout(timeout_s):
-            self._send_parts([memoryview(header + lengths + pickled), *views])
+            if pickler.pictures:
+                self._send_with_pictures(parts, pickler.pictures)
+            else:
+                self._send_parts(parts)
 
-    def receive(self, timeout_s: float | None = None) -> Any:
+    def receive(self) -> Any:
         """Wait for an object and return it.
 
         Raises:
-            TimeoutError: it did not come in time; the channel can only be closed then.
-            EOFError, OSError: the other end has gone.
+            TimeoutError: nothing came in time. It may be asked again.
+            EOFError, OSError: the other end has gone, or has stalled within a message.
         """
-        with self._timeout(timeout_s):
-            n_buffers, pickled_length = _HEADER.unpack(self._read(_HEADER.size))
-            lengths = struct.unpack(f"<{n_buffers}Q", self._read(8 * n_buffers)) if n_buffers else ()
-            pickled = self._read(pickled_length)
-            buffers = [self._read_buffer(length) for length in lengths]
-        return pickle.loads(pickled, buffers=buffers)
+        try:
+            data = self._unread or self._receive_some()
+        except BlockingIOError:
+            raise TimeoutError from None
+        if not data:
+            raise _gone()
+        if len(data) < _HEADER.size:
+            data += self._read(_HEADER.size - len(data))
+        n_arrays, pickled_length = _HEADER.unpack_from(data)
+        start = _HEADER.size + 8 * n_arrays
+        end = start + pickled_length
+        if len(data) < end:
+            data += self._read(end - len(data))
+        self._unread = data[end:]
+        lengths = struct.unpack_from(f"<{n_arrays}Q", data, _HEADER.size)
+        arrays = [self._read(length) for length in lengths]
+        message = _Unpickler(io.BytesIO(data[start:end]), arrays, self._read_pictures()).load()
+        if self._memory is not None and len(self._memory) > pixels.MAX_KEPT_BYTES:
+            self._memory = None
+        return message
 
     @contextmanager
     def _timeout(self, timeout_s: float | None) -> Iterator[None]:
@@ -90,36 +123,79 @@ class Channel:
         return bool(self._poll.poll(1000 * timeout_s))
 
     def close(self) -> None:
-        self._reader.close()
         self._socket.close()
 
-    def _read(self, n_bytes: int) -> bytes:
-        data = self._reader.read(n_bytes) or b""  # None where it stalled
-        if len(data) < n_bytes:
-            raise EOFError("the other end has gone")
+    def _receive_some(self) -> bytes:
+        data, ancillary, _, _ = self._socket.recvmsg(_ALWAYS_FITS, socket.CMSG_LEN(_DESCRIPTOR.size))
+        if ancillary:
+            self._memory = pixels.map_region(*_DESCRIPTOR.unpack(ancillary[0][2]))
         return data
 
-    def _read_buffer(self, n_bytes: int) -> bytearray:
+    def _read(self, n_bytes: int) -> bytearray:
         data = bytearray(n_bytes)
-        view = memoryview(data)
-        while view:
-            n = self._reader.readinto(view)
-            if not n:
-                raise EOFError("the other end has gone")
-            view = view[n:]
+        self._read_into(memoryview(data))
         return data
 
-    def _send_parts(self, parts: list[memoryview]) -> None:
+    def _read_into(self, view: memoryview) -> None:
+        n = min(len(self._unread), len(view))
+        view[:n] = self._unread[:n]
+        self._unread = self._unread[n:]
+        view = view[n:]
+        give_up_at = time.monotonic() + STALL_TIMEOUT_S
+        while view:
+            try:
+                n = self._socket.recv_into(view, 0, socket.MSG_WAITALL)
+            except BlockingIOError:  # what has begun to come is there at once, unless the other end is frozen
+                if time.monotonic() < give_up_at:
+                    continue
+                raise EOFError("the other end has stalled") from None
+            if not n:
+                raise _gone()
+            view = view[n:]
+
+    def _read_pictures(self) -> Callable[[int, int], Image.Image]:
+        """Return a function that gives the message's pictures in turn, each by its width and height."""
+        marker = b""
+
+        def read(width: int, height: int) -> Image.Image:
+            nonlocal marker
+            if self._memory is None or self._read(len(marker)) != marker:
+                raise EOFError("a picture was announced that did not come")
+            marker = _NEXT
+            picture = pixels.read(self._memory, (width, height))
+            self._socket.sendall(_COPIED)
+            return picture
+
+        return read
+
+    def _send_with_pictures(self, parts: list[memoryview], pictures: list[Image.Image]) -> None:
+        with pixels.region(max(pixels.n_bytes(picture.size) for picture in pictures)) as region:
+            region.write(pictures[0])
+            descriptor = _DESCRIPTOR.pack(region.file_descriptor)
+            self._send_parts(parts, [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptor)])
+            for picture in pictures[1:]:
+                self._wait_until_copied()
+                region.write(picture)
+                self._socket.sendall(_NEXT)
+            self._wait_until_copied()
+
+    def _wait_until_copied(self) -> None:
+        if self._socket.recv(len(_COPIED)) != _COPIED:
+            raise BrokenPipeError("the other end has gone")
+
+    def _send_parts(self, parts: list[memoryview], ancillary: list[tuple[int, int, bytes]] | None = None) -> None:
+        """Send what lies in several places, and a file descriptor with the first of it."""
         while parts:
-            n_sent = self._socket.sendmsg(parts[:_MAX_PARTS_A_CALL])
+            n_sent = self._socket.sendmsg(parts[:_MAX_PARTS_A_CALL], ancillary or ())
+            ancillary = None
             while parts and n_sent >= parts[0].nbytes:
                 n_sent -= parts.pop(0).nbytes
             if n_sent:
                 parts[0] = parts[0][n_sent:]
 
 
-def connect(path: str) -> Channel:
-    """Connect to a listening Unix socket. An answer that stalls for ``STALL_TIMEOUT_S`` counts as the other end's end.
+def connect(path: str, patience_s: float) -> Channel:
+    """Connect to a listening Unix socket.
 
     Raises:
         OSError: nobody listens there.
@@ -127,12 +203,10 @@ def connect(path: str) -> Channel:
     client = socket.socket(socket.AF_UNIX)
     try:
         client.connect(path)
-        # An answer that has begun to come is there at once, unless the other end is frozen.
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", STALL_TIMEOUT_S, 0))
     except BaseException:
         client.close()
         raise
-    return Channel(client)
+    return Channel(client, patience_s)
 
 
 def send_answer(channel: Channel, answer: tuple[bool, Any]) -> None:
@@ -151,7 +225,7 @@ def send_answer(channel: Channel, answer: tuple[bool, Any]) -> None:
 def _without_torch(result: Any) -> Any:
     """Turn tensors, wherever they stand in a result, into NumPy arrays: not every process should need torch."""
     torch = sys.modules.get("torch")
-    if torch is None:
+    if not hasattr(torch, "Tensor"):  # nobody has it, or another thread is still importing it
         return result
     if isinstance(result, torch.Tensor):
         tensor = result.detach().cpu()
@@ -164,12 +238,39 @@ def _without_torch(result: Any) -> Any:
 
 
 class _Pickler(pickle.Pickler):
+    """Leaves large arrays' buffers and all pictures out of the pickle, in the order in which they are to follow it."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file, protocol=5, buffer_callback=self._keep)
+        self.arrays: list[memoryview] = []
+        self.pictures: list[Image.Image] = []
+
+    def _keep(self, buffer: pickle.PickleBuffer) -> None:
+        self.arrays.append(buffer.raw())
+
     def reducer_override(self, obj: Any) -> Any:
         # A picture that was opened from a file is of the format's own class; only its pixels are to cross.
         if isinstance(obj, Image.Image) and obj.mode == "RGB":
-            return _image_from, (obj.size, pickle.PickleBuffer(obj.tobytes()))
+            self.pictures.append(obj)
+            return _picture, obj.size
         return NotImplemented
 
 
-def _image_from(size: tuple[int, int], pixels: Any) -> Image.Image:
-    return Image.frombytes("RGB", size, pixels)
+def _picture(width: int, height: int) -> Image.Image:
+    """Stand for the picture in a pickle whose pixels come next: ``_Unpickler`` reads them."""
+    raise NotImplementedError
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(
+        self, file: io.BytesIO, arrays: list[bytearray], read_picture: Callable[[int, int], Image.Image]
+    ) -> None:
+        super().__init__(file, buffers=arrays)
+        self._read_picture = read_picture
+
+    def find_class(self, module: str, name: str) -> Any:
+        return self._read_picture if (module, name) == (__name__, "_picture") else super().find_class(module, name)
+
+
+def _gone() -> EOFError:
+    return EOFError("the other end has gone")

@@ -6,10 +6,12 @@ import atexit
 import os
 import resource
 import sys
+from functools import partial
 from typing import Final
 
 from flask import Flask
 
+from feature_extraction_server.core.cores import keep_to_one_core
 from feature_extraction_server.core.engine_client import EngineClient
 from feature_extraction_server.core.settings import SettingsManager
 from feature_extraction_server.core.setup import set_up
@@ -35,6 +37,7 @@ def entrypoint() -> Flask:
         raise SystemExit(GUNICORN_APP_LOAD_ERROR if in_worker else error.code) from None
     _allow_many_connections()
     engine = EngineClient(registry, settings, owner_pid=os.getppid() if in_worker else os.getpid())
+    engine.in_each_worker(partial(keep_to_one_core, engine.shared_directory, engine.owner_pid))
     atexit.register(engine.close)
     engine.preload()
     return create_app(engine)

@@ -1,0 +1,64 @@
+"""Which of the machine's cores a web worker runs on.
+
+Python runs one thread of a process at a time. Where the system spreads a busy worker's threads over several cores,
+every hand-over between two of them wakes another core, which takes longer than many a thread's turn: a worker with 32
+requests under way answers half as many again when it keeps to one core. What runs without Python's interpreter lock
+(decoding a picture) and what is started as another process may use all cores.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Final
+
+#: What this process may use; empty where the system does not say.
+ALLOWED: Final = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+N_CORES: Final = len(ALLOWED) or os.cpu_count() or 1
+_locks: list[IO[bytes]] = []  # kept open for as long as the process lives
+_own: set[int] = set()
+
+
+def keep_to_one_core(directory: Path, first: int) -> None:
+    """Keep the calling thread, and those that it will start, to the core that the fewest processes have chosen.
+
+    Args:
+        directory: where the processes that share the cores find each other's choices.
+        first: where to begin, so that servers on one machine do not all prefer the same core.
+    """
+    if len(ALLOWED) < 2:
+        return
+    _own.clear()
+    _own.add(_choose(directory, first))
+    os.sched_setaffinity(0, _own)
+
+
+@contextmanager
+def all_cores() -> Iterator[None]:
+    """Let the calling thread, and a process that it starts meanwhile, use every core."""
+    if not _own:
+        yield
+        return
+    os.sched_setaffinity(0, ALLOWED)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, _own)
+
+
+def _choose(directory: Path, first: int) -> int:
+    """Lock the first file that is free of those for one process a core, for a second one a core, and so on."""
+    n = 0
+    while True:
+        file = (directory / f"core-{n}").open("wb")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.close()
+            n += 1
+            continue
+        _locks.append(file)
+        return ALLOWED[(first + n) % len(ALLOWED)]
