@@ -7,9 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from feature_extraction_server.core.engine import Engine
 from feature_extraction_server.core.errors import ModelUnavailable
+from tests.conftest import encode_image
 from tests.waiting import wait_until
 
 WAIT_S = 20
@@ -118,3 +120,37 @@ def test_never_more_than_allowed_are_loaded_and_every_request_is_answered(
 
     assert [answer.result(WAIT_S) for answer in answers] == [["done"]] * 60
     assert most <= 2
+
+
+SIZES = """
+image_sizes = {"image_captioning": 100}
+
+def load_model():
+    pass
+
+def image_captioning(image, config):
+    return [[f"{picture.width} x {picture.height}"] for picture in image]
+
+def conditional_image_captioning(image, text, config):
+    return [[f"{picture.width} x {picture.height}"] for picture in image]
+"""
+
+
+@pytest.mark.parametrize(
+    ("setting", "task", "expected"),
+    [
+        pytest.param("true", "image_captioning", "200 x 150", id="asked for"),
+        pytest.param("false", "image_captioning", "400 x 300", id="off"),
+        pytest.param("true", "conditional_image_captioning", "400 x 300", id="a task for which the model says nothing"),
+    ],
+)
+def test_jpegs_are_decoded_at_the_size_that_a_model_needs(
+    build: Build, plugin: Callable[[str, str, str], None], setting: str, task: str, expected: str
+) -> None:
+    plugin("models", "sizes", SIZES)
+    engine = build(DRAFT_DECODING=setting)
+    payload = {"image": encode_image(Image.new("RGB", (400, 300)), "JPEG")}
+    if task == "conditional_image_captioning":
+        payload["text"] = "a"
+
+    assert engine.run(task, "sizes", payload) == [expected]

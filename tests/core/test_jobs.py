@@ -200,3 +200,33 @@ def test_a_job_without_batch_fields_is_called_as_it_was_made() -> None:
     run_all(queue_of(waiting), lambda a, b: a + b)
 
     assert waiting.future.result(0) == 3
+
+
+def test_where_more_texts_wait_than_fit_the_first_goes_with_those_of_like_length() -> None:
+    jobs = [job(n * "x") for n in (50, 1, 49, 2, 51, 3)]
+    queue = queue_of(*jobs)
+
+    batches = [[piece.job for piece in queue.take(3)] for _ in range(2)]
+
+    assert [set(batch) for batch in batches] == [{jobs[0], jobs[2], jobs[4]}, {jobs[1], jobs[3], jobs[5]}]
+
+
+def test_texts_that_fit_one_batch_go_together_whatever_their_lengths() -> None:
+    queue = queue_of(job("x"), job(1000 * "x"), job("y"))
+
+    assert len(queue.take(3)) == 3
+
+
+def test_the_texts_of_a_large_job_run_by_length_and_are_answered_in_their_order() -> None:
+    texts = ["dddd", "a", "ccc", "bb", "eeeee"]
+    waiting = job(*texts)
+    calls: list[list[str]] = []
+
+    def upper(x: list[str]) -> list[str]:
+        calls.append(x)
+        return [text.upper() for text in x]
+
+    run_all(queue_of(waiting), upper, max_items=2)
+
+    assert calls == [["a", "bb"], ["ccc", "dddd"], ["eeeee"]]
+    assert waiting.future.result(0) == [text.upper() for text in texts]

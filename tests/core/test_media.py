@@ -494,3 +494,39 @@ def test_resampling_to_the_same_rate_changes_nothing() -> None:
     audio = Audio(TONE, RATE_HZ)
 
     assert audio.resampled(RATE_HZ) is audio
+
+
+# Drafts
+
+
+def photo(width: int, height: int) -> str:
+    return encode_image(Image.effect_noise((width, height), 60).convert("RGB"), "JPEG", quality=90)
+
+
+@pytest.mark.parametrize(
+    ("size", "draft_size", "expected"),
+    [
+        pytest.param((640, 480), 240, (320, 240), id="half"),
+        pytest.param((640, 480), 241, (640, 480), id="no side becomes shorter"),
+        pytest.param((1600, 1600), 100, (200, 200), id="an eighth at least"),
+        pytest.param((640, 480), 1000, (640, 480), id="small already"),
+        pytest.param((640, 480), None, (640, 480), id="not asked for"),
+    ],
+)
+def test_a_jpeg_is_decoded_at_the_fraction_that_is_enough(
+    size: tuple[int, int], draft_size: int | None, expected: tuple[int, int]
+) -> None:
+    assert decode_image(photo(*size), "image", MAX_PIXELS * 3, draft_size).size == expected
+
+
+def test_a_draft_is_the_picture_made_smaller() -> None:
+    picture = Image.linear_gradient("L").resize((512, 512)).convert("RGB")
+
+    draft = decode_image(encode_image(picture, "JPEG", quality=95), "image", MAX_PIXELS, 128)
+
+    difference = np.abs(np.asarray(draft, float) - np.asarray(picture.resize((128, 128), Image.Resampling.BOX), float))
+    assert difference.max() < 4
+
+
+def test_only_jpegs_are_decoded_at_a_fraction() -> None:
+    assert decode_image(encode_image(Image.new("RGB", (640, 480))), "image", MAX_PIXELS, 100).size == (640, 480)

@@ -9,6 +9,7 @@ requests under way answers half as many again when it keeps to one core. What ru
 from __future__ import annotations
 
 import fcntl
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,19 @@ from typing import IO, Final
 
 #: What this process may use; empty where the system does not say.
 ALLOWED: Final = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-N_CORES: Final = len(ALLOWED) or os.cpu_count() or 1
+
+
+def _quota() -> float:
+    """Return how many cores' time a container may use (Docker's --cpus, Kubernetes' limits)."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return int(quota) / int(period)
+    except (OSError, ValueError):  # no such file, or "max"
+        return math.inf
+
+
+#: How many threads can really compute at the same time.
+N_CORES: Final = max(1, int(min(len(ALLOWED) or os.cpu_count() or 1, _quota())))
 _locks: list[IO[bytes]] = []  # kept open for as long as the process lives
 _own: set[int] = set()
 

@@ -1,8 +1,9 @@
 """Jobs, the queue they wait in, and the batches that they are run in.
 
 A job is one request's work for one model. Jobs of the same task with equal non-batch arguments join one batch; a job
-with more items than a batch holds is spread over several. Nothing here has a thread or a lock of its own: the queue is
-guarded by the lock of the model that owns it.
+with more items than a batch holds is spread over several. Where more texts wait than a batch holds, it takes texts of
+like length, since a model pads all texts of a batch to the longest. Nothing here has a thread or a lock of its own:
+the queue is guarded by the lock of the model that owns it.
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import Any, Final, NamedTuple
 
+from feature_extraction_server.core import torch_threads
 from feature_extraction_server.core.errors import ModelError, ServerError
 from feature_extraction_server.core.task import batch_key
 
 logger = logging.getLogger(__name__)
+
+_WINDOW: Final = 8  # batches
 
 
 class Call(NamedTuple):
@@ -48,6 +53,7 @@ class Job:
         self.shared = {key: value for key, value in arguments.items() if key not in batch_fields}
         self.n_items = len(next(iter(self.batched.values()))) if self.batched else 1
         self.n_taken = 0
+        self._order: list[int] | None = None  # which item the client sent where; None: as they are
         self._joins = (task, tuple(self.batched), batch_key(self.shared)) if self.batched else None
         self._results: list[Any] = [None] * self.n_items
         self._n_missing = self.n_items
@@ -55,6 +61,20 @@ class Job:
     def joins(self, other: Job) -> bool:
         """Tell whether both may be answered by one call of the model's function."""
         return self._joins is not None and self._joins == other._joins
+
+    @cached_property
+    def length(self) -> int:
+        """How many characters its longest item has; 0 where the items are no texts."""
+        return max(self._lengths(), default=0)
+
+    def sort_by_length(self) -> None:
+        """Put the items in the order of their lengths. The results come in the order that they were sent in."""
+        self._order = sorted(range(self.n_items), key=self._lengths().__getitem__)
+        self.batched = {key: [items[index] for index in self._order] for key, items in self.batched.items()}
+
+    def _lengths(self) -> list[int]:
+        texts = [items for items in self.batched.values() if items and isinstance(items[0], str)]
+        return [sum(map(len, item)) for item in zip(*texts, strict=True)] if texts else [0] * self.n_items
 
     @property
     def ended(self) -> bool:
@@ -64,8 +84,12 @@ class Job:
         """Take the results of the items from ``start`` on. The last ones to come answer the waiter."""
         self._results[start : start + len(results)] = results
         self._n_missing -= len(results)
-        if not self._n_missing:
-            self._settle(lambda: self.future.set_result(self._results if self.batched else self._results[0]))
+        if self._n_missing:
+            return
+        if self._order is not None:
+            in_order = dict(zip(self._order, self._results, strict=True))
+            self._results = [in_order[index] for index in range(self.n_items)]
+        self._settle(lambda: self.future.set_result(self._results if self.batched else self._results[0]))
 
     def fail(self, error: ServerError) -> None:
         """Answer the waiter with an error, unless it has an answer already."""
@@ -105,7 +129,8 @@ class Batch:
 
     def run(self) -> None:
         """Call the model's function and answer the jobs. Raises nothing, whatever the function raises."""
-        self._run([piece for piece in self.pieces if not piece.job.ended])
+        with torch_threads.at_work():
+            self._run([piece for piece in self.pieces if not piece.job.ended])
 
     def _run(self, pieces: list[Piece]) -> None:
         error = self._try(pieces) if pieces else None
@@ -172,22 +197,38 @@ class JobQueue:
     def take(self, max_items: int) -> list[Piece]:
         """Take the first job that still has a waiter and all that joins it, ``max_items`` items at most.
 
-        A first job that is larger than a batch then goes to the end, so that it keeps nobody waiting for all of it.
+        Where more joins it, those go with it that are most like it in length: the first one never waits for them. A
+        first job that is larger than a batch then goes to the end, so that it keeps nobody waiting for all of it.
         """
+        waiting = [job for job in self._jobs if not job.ended]
         pieces: list[Piece] = []
-        kept: deque[Job] = deque()
         room = max_items
-        for job in self._jobs:
-            if job.ended:
-                continue
-            if room and (not pieces or job.joins(pieces[0].job)):
-                n = min(room, job.n_items - job.n_taken)
-                pieces.append(Piece(job, job.n_taken, job.n_taken + n))
-                job.n_taken += n
-                room -= n
-            if job.n_taken < job.n_items:
-                kept.append(job)
-        if pieces and kept and kept[0] is pieces[0].job:
-            kept.rotate(-1)
-        self._jobs = kept
+        for job in self._company(waiting, max_items):
+            n = min(room, job.n_items - job.n_taken)
+            pieces.append(Piece(job, job.n_taken, job.n_taken + n))
+            job.n_taken += n
+            room -= n
+        self._jobs = deque(job for job in waiting if job.n_taken < job.n_items)
+        if pieces and self._jobs and self._jobs[0] is pieces[0].job:
+            self._jobs.rotate(-1)
         return pieces
+
+    @staticmethod
+    def _company(waiting: list[Job], max_items: int) -> list[Job]:
+        """Return the first job and those that share its batch, in the order in which they came."""
+        if not waiting:
+            return []
+        first = waiting[0]
+        if first.n_items > max_items and not first.n_taken:
+            first.sort_by_length()
+        # No further, so that a search takes no longer than the batch.
+        joining = [first, *(job for job in waiting[1 : _WINDOW * max_items] if job.joins(first))]
+        if sum(job.n_items - job.n_taken for job in joining) > max_items:
+            joining.sort(key=lambda job: abs(job.length - first.length))  # stable: who came first stays first
+        chosen, room = [], max_items
+        for job in joining:
+            if room <= 0:
+                break
+            chosen.append(job)
+            room -= job.n_items - job.n_taken
+        return chosen

@@ -115,11 +115,14 @@ def _file_of(source: str | bytes, field: str) -> bytes:
     return source
 
 
-def decode_image(source: str | bytes, field: str, max_pixels: int) -> Image.Image:
+def decode_image(source: str | bytes, field: str, max_pixels: int, draft_size: int | None = None) -> Image.Image:
     """Decode a picture's file, or its base64, of any format that Pillow reads (but EPS) to RGB.
 
     EXIF orientation is applied, transparency laid over white, 16-bit grey scaled to 8 bits; of an animation the first
     frame is taken.
+
+    Args:
+        draft_size: pixels; a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as no side becomes shorter.
 
     Raises:
         InvalidInput: not base64, not a picture, or a damaged one; the error names ``field``.
@@ -127,10 +130,10 @@ def decode_image(source: str | bytes, field: str, max_pixels: int) -> Image.Imag
     """
     data = _file_of(source, field)
     with _decoding():
-        return _decode_image(data, field, max_pixels)
+        return _decode_image(data, field, max_pixels, draft_size)
 
 
-def _decode_image(data: bytes, field: str, max_pixels: int) -> Image.Image:
+def _decode_image(data: bytes, field: str, max_pixels: int, draft_size: int | None) -> Image.Image:
     # Some formats (icons) decode a picture within the file as soon as they are opened: Pillow's own limit is for those.
     Image.MAX_IMAGE_PIXELS = max_pixels
     try:
@@ -148,6 +151,8 @@ def _decode_image(data: bytes, field: str, max_pixels: int) -> Image.Image:
     if n_pixels > max_pixels:
         raise _too_many_pixels(field, f"{image.width} x {image.height} = {n_pixels}", max_pixels)
     try:
+        if draft_size is not None:
+            image.draft(image.mode, (draft_size, draft_size))
         image.load()
         return _to_rgb(_upright(image))
     except Exception as error:  # as above

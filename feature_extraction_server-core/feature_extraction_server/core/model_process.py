@@ -20,9 +20,11 @@ import sys
 from collections.abc import Callable
 from typing import Any, Final
 
+from feature_extraction_server.core import torch_threads
 from feature_extraction_server.core.checkpoints import REPLICA_VARIABLE
 from feature_extraction_server.core.errors import ModelError, ModelLoadFailed, ModelUnavailable, ServerError
 from feature_extraction_server.core.plugins import NAMESPACE
+from feature_extraction_server.core.resources import device_of
 from feature_extraction_server.core.settings import SettingsManager
 from feature_extraction_server.core.setup import set_up
 from feature_extraction_server.core.wire import Channel, send_answer
@@ -47,6 +49,7 @@ class ModelProcess:
 
     def __init__(self, model: str, replica: int, check_interval_s: float) -> None:
         self.is_wanted: Callable[[], bool] = lambda: True
+        self.device: str | None = None
         self._model = model
         self._replica = replica
         self._check_interval_s = check_interval_s
@@ -84,7 +87,7 @@ class ModelProcess:
         if self._process is None:
             self.spawn()
         try:
-            self._call("load_model")
+            self.device = self._call("load_model")
         except BaseException:
             self.unload_model()
             raise
@@ -127,7 +130,7 @@ class ModelProcess:
         if self._channel is None:
             raise ModelUnavailable(f"the model {self._model} has no process")
         try:
-            self._channel.send((function, positional, arguments))
+            self._channel.send((function, positional, arguments, torch_threads.share()))
             while not self._channel.wait_for_news(self._check_interval_s):
                 if not self.is_wanted():
                     logger.error("Nobody waits for the model %s any more; its process is killed", self._model)
@@ -165,8 +168,11 @@ def main(file_descriptor: int, model: str) -> None:
     module = importlib.import_module(f"{NAMESPACE}.models.{model}")
     try:
         while True:
-            function, positional, arguments = channel.receive()
+            function, positional, arguments, n_threads = channel.receive()
+            torch_threads.use(n_threads)
             answer = _run(model, getattr(module, function), positional, arguments)
+            if function == "load_model" and answer[0]:
+                answer = True, device_of(module)
             del positional, arguments  # an idle model holds on to no client's images
             send_answer(channel, answer)
     except (EOFError, OSError):

@@ -6,6 +6,7 @@ from PIL.Image import Image
 
 from benchmarks.workloads import ZeroShot
 
+image_sizes = {"zero_shot_image_classification": 224}
 model: ZeroShot
 
 

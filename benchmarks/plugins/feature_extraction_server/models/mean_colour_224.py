@@ -4,6 +4,7 @@ from PIL.Image import Image
 
 from benchmarks.workloads import MeanColour
 
+image_sizes = {"mean_colour": 224}
 model: MeanColour
 
 

@@ -1,0 +1,110 @@
+"""A web worker keeps to one core; what it decodes and starts does not."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from feature_extraction_server.core import cores
+
+ALLOWED = cores.ALLOWED
+pytestmark = pytest.mark.skipif(len(ALLOWED) < 2, reason="there is only one core")
+
+
+@pytest.fixture
+def in_thread() -> Iterator[Callable[[Callable[[], object]], None]]:
+    """Run something in a thread of its own, since cores belong to threads; forget the choice afterwards."""
+
+    def run(function: Callable[[], object]) -> None:
+        thread = threading.Thread(target=function)
+        thread.start()
+        thread.join(20)
+
+    yield run
+    cores._own.clear()
+    while cores._locks:
+        cores._locks.pop().close()
+
+
+def test_threads_started_later_keep_to_the_same_core(tmp_path: Path, in_thread: Callable[..., None]) -> None:
+    seen = []
+
+    def work() -> None:
+        cores.keep_to_one_core(tmp_path, 0)
+        inner = threading.Thread(target=lambda: seen.append(os.sched_getaffinity(0)))
+        inner.start()
+        inner.join(20)
+
+    in_thread(work)
+
+    assert seen == [{ALLOWED[0]}]
+
+
+def test_a_thread_that_decodes_may_use_all_cores_meanwhile(tmp_path: Path, in_thread: Callable[..., None]) -> None:
+    seen = []
+
+    def work() -> None:
+        cores.keep_to_one_core(tmp_path, 0)
+        with cores.all_cores():
+            seen.append(os.sched_getaffinity(0))
+        seen.append(os.sched_getaffinity(0))
+
+    in_thread(work)
+
+    assert seen == [set(ALLOWED), {ALLOWED[0]}]
+
+
+def test_a_process_that_keeps_to_no_core_is_left_alone(in_thread: Callable[..., None]) -> None:
+    seen = []
+
+    def work() -> None:
+        with cores.all_cores():
+            seen.append(os.sched_getaffinity(0))
+
+    in_thread(work)
+
+    assert seen == [set(ALLOWED)]
+
+
+CHOOSE = """
+import os, sys
+from pathlib import Path
+from feature_extraction_server.core.cores import keep_to_one_core
+keep_to_one_core(Path(sys.argv[1]), int(sys.argv[2]))
+print(*os.sched_getaffinity(0), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_processes_share_the_cores_evenly_and_one_that_died_makes_room(tmp_path: Path) -> None:
+    def start() -> tuple[subprocess.Popen[str], int]:
+        process = subprocess.Popen(
+            [sys.executable, "-c", CHOOSE, str(tmp_path), "1"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        assert process.stdout is not None
+        return process, int(process.stdout.readline())
+
+    started = [start() for _ in range(2 * len(ALLOWED))]
+    try:
+        chosen = [core for _, core in started]
+        assert sorted(chosen) == sorted(2 * ALLOWED)
+        assert chosen[0] == ALLOWED[1]
+
+        started[0][0].kill()
+        started[0][0].wait(20)
+        started.append(start())
+        assert started[-1][1] == chosen[0]
+    finally:
+        for process, _ in started:
+            process.kill()
+            process.communicate()
