@@ -74,7 +74,7 @@ SERVERS: Final = {
         "**this server**, drafts",
         path="/api/tasks/{task}/models/{model}/features",
         installed_as="ours",
-        tolerances={"W1": 0.5, "W3": 0.01},
+        tolerances={"W1": 0.1, "W3": 0.01},
     ),
     "flask": Server("bare Flask"),
     "litserve": Server("LitServe"),

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
 config_types = {"image_captioning": GenerationConfig, "conditional_image_captioning": GenerationConfig}
+image_sizes = {"image_captioning": 224, "conditional_image_captioning": 224}
 
 checkpoint: Checkpoint
 model: Any
