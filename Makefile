@@ -10,7 +10,7 @@ INSTALLED := $(VENV)/.installed
 help:
 	@echo "make demo     start the server, send it pictures and speech, show its answers (HUB=1: the real checkpoints)"
 	@echo "make test     everything that CI runs: lint, types, tests"
-	@echo "make lint     ruff, hadolint and shellcheck"
+	@echo "make lint     ruff, hadolint, shellcheck and jactionlint"
 	@echo "make types    mypy"
 	@echo "make format   let ruff format the code and fix what it can"
 	@echo "make bench    this server and others under load, compared (two hours; benchmarks/README.md says how to do less)"
@@ -29,6 +29,7 @@ $(INSTALLED): dev_requirements.txt
 test: setup
 	@.ci/lint
 	@.ci/types
+	@.ci/chromium
 	@.ci/test
 
 demo: setup

@@ -396,6 +396,13 @@ def _whisper(folder: Path) -> None:
     transformers().WhisperFeatureExtractor().save_pretrained(folder)  # the real checkpoint has it in a file of its own
 
 
+def _all_minilm_l6_v2(folder: Path) -> None:
+    vocabulary = _word_pieces()
+    config = transformers().BertConfig(**LAYERS, vocab_size=len(vocabulary), max_position_embeddings=512)
+    _enlarge(transformers().BertModel(config), 4).save_pretrained(folder)
+    transformers().BertTokenizer(vocab=vocabulary, model_max_length=512).save_pretrained(folder)
+
+
 BUILDERS: dict[str, Callable[[Path], None]] = {
     "blip": _blip,
     "blip2": _blip2,
@@ -403,6 +410,7 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "clip_vit_large_patch14": _clip_vit_large_patch14,
     "owlvit_base_patch32": _owlvit_base_patch32,
     "whisper": _whisper,
+    "all_minilm_l6_v2": _all_minilm_l6_v2,
 }
 
 

@@ -24,8 +24,9 @@ from PIL import Image
 from dev_server import ROOT, SOURCES
 
 FAKES = ROOT / "tests" / "fakes"
+CLIENT = ROOT / "feature_extraction_server-client"
 PLUGIN_PATH = [str(folder) for folder in (*SOURCES, FAKES)]
-sys.path[:0] = [folder for folder in PLUGIN_PATH if folder not in sys.path]
+sys.path[:0] = [folder for folder in (*PLUGIN_PATH, str(CLIENT)) if folder not in sys.path]
 
 from feature_extraction_server.core.engine import Engine  # noqa: E402 - the path is set above
 from feature_extraction_server.core.settings import SettingsManager  # noqa: E402
@@ -35,14 +36,22 @@ from feature_extraction_server.flask.app import create_app  # noqa: E402
 START_TIMEOUT_S = 60
 
 
+@pytest.fixture(scope="session")
+def lasting_process() -> psutil.Process | None:
+    """A process that is to outlive a test, together with its children; a folder's own ``conftest`` may have one."""
+    return None
+
+
 @pytest.fixture(autouse=True)
-def nothing_left_behind() -> Iterator[None]:
+def nothing_left_behind(lasting_process: psutil.Process | None) -> Iterator[None]:
     """Fail a test that leaves a consumer thread or a child process."""
     yield
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         threads = [thread.name for thread in threading.enumerate() if thread.name.startswith("consumer-")]
-        children = [child for child in psutil.Process().children(recursive=True) if child.status() != "zombie"]
+        lasting = {lasting_process, *lasting_process.children(recursive=True)} if lasting_process else set()
+        found = set(psutil.Process().children(recursive=True)) - lasting
+        children = [child for child in found if child.is_running() and child.status() != "zombie"]
         if not threads and not children:
             return
         time.sleep(0.01)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -154,6 +155,19 @@ def test_stopping_drops_what_loading_made_and_the_model_starts_again(make: Calla
     assert "weights" not in vars(fake.module)
     assert ask(model, 2) == [2]
     assert fake.n_loads == 2
+
+
+def test_model_stops_while_another_thread_still_imports_torch(
+    make: Callable[..., Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make()
+    ask(model, 1)
+    monkeypatch.setitem(sys.modules, "torch", ModuleType("torch"))
+
+    model.stop()
+    wait_for(model, State.STOPPED)
+
+    assert ask(model, 2) == [2]
 
 
 def test_unload_model_takes_the_place_of_dropping_globals(make: Callable[..., Model], fake: Fake) -> None:

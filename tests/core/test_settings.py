@@ -262,6 +262,7 @@ def run_dev_server(folder: Path, *arguments: str, **settings: str) -> subprocess
         pytest.param(["--port", "70000"], {}, "PORT='70000' is not allowed", id="port"),
         pytest.param([], {"DEFAULT_TASK": "juggling"}, "DEFAULT_TASK='juggling' is not allowed", id="task"),
         pytest.param([], {"PRELOAD_MODELS": "fake_echo, he"}, "there is no model 'he'", id="model to preload"),
+        pytest.param([], {"ALLOWED_URL_HOSTS": "a.org, https://b.org"}, "'https://b.org' is no host name", id="hosts"),
         pytest.param([], {"LOG_PATH": "/dev/null/log.txt"}, "LOG_PATH='/dev/null/log.txt'", id="log"),
         pytest.param([], {"LOG_LEVEL": "LOUD"}, "one of DEBUG, INFO, WARNING", id="level"),
         pytest.param([], {"FAKE_SECONDS": "long"}, "FAKE_SECONDS='long' is not allowed", id="a plugin's"),
@@ -308,3 +309,31 @@ def test_port_that_is_taken_ends_the_dev_server(tmp_path: Path) -> None:
     assert result.returncode == 1
     assert f"Port {port} is in use" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(("name", "secret"), [("HF_TOKEN", False), ("API_KEYS", False), ("PIN", True)])
+def test_value_of_a_secret_is_not_told_where_it_is_not_allowed(
+    manager: Callable[..., SettingsManager], name: str, secret: bool
+) -> None:
+    settings = manager({name: "s3same"})
+    settings.add_setting(name=name, type=int, default=None, description="A secret", secret=secret)
+
+    with pytest.raises(SettingError, match=f"{name} has a value that is not allowed") as caught:
+        settings.check()
+
+    assert "s3same" not in str(caught.value)
+
+
+def test_settings_that_a_plugin_declares_are_told_even_where_another_declared_them_first(
+    manager: Callable[..., SettingsManager],
+) -> None:
+    settings = manager({})
+
+    def declare(settings: SettingsManager) -> None:
+        for name in ("SIZE", "COUNT", "SIZE"):
+            settings.add_setting(name=name, type=int, default=1, description="One of two")
+
+    first, second = settings.declared_by(declare), settings.declared_by(declare)
+
+    assert [setting.name for setting in first] == ["SIZE", "COUNT"]
+    assert second == first

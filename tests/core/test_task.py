@@ -196,10 +196,13 @@ def test_value_error_of_postprocessing_is_the_models_fault() -> None:
 def test_input_schema_describes_every_key() -> None:
     schema = spec().input_schema()
 
-    text = {"description": "The first part", "type": "string"}
+    text = TextField.schema
     assert schema["required"] == ["first"]
     assert schema["additionalProperties"] is False
-    assert schema["properties"]["first"] == {"anyOf": [text, {"type": "array", "items": text}]}
+    assert schema["properties"]["first"] == {
+        "description": "The first part",
+        "anyOf": [text, {"type": "array", "items": text}],
+    }
     assert schema["properties"]["words"]["type"] == "array"
     assert set(schema["properties"]) == {"first", "second", "words", "config"}
 
@@ -208,6 +211,12 @@ def test_output_schema_knows_one_result_and_a_list() -> None:
     one = {"type": "array", "items": {"type": "string"}}
 
     assert spec(list[str]).output_schema() == {"anyOf": [one, {"type": "array", "items": one}]}
+
+
+def test_output_schema_shows_the_example_of_one_result() -> None:
+    task = TaskSpec(description="", inputs={"text": TextField("The text")}, output=int, example=3)
+
+    assert task.output_schema()["anyOf"][0] == {"type": "integer", "examples": [3]}
 
 
 def test_task_without_a_batch_field_is_refused() -> None:

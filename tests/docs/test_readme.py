@@ -63,7 +63,7 @@ def test_table_of_settings_has_every_setting_and_its_default(monkeypatch: pytest
 def test_every_route_is_told_and_there_is_every_route_that_is_told(engine: Engine) -> None:
     routes = {re.sub(r"<(\w+:)?(\w+)>", r"<\2>", rule.rule) for rule in create_app(engine).url_map.iter_rules()}
     api = README.split("## API plugins", 1)[1].split("### Errors", 1)[0]
-    told = set(re.findall(r"`(/[\w/<>]*)`", api)) - {"/legacy"}
+    told = set(re.findall(r"`(/[\w/<>.]*)`", api)) - {"/legacy"}
 
     assert told == {route for route in routes if not route.startswith("/legacy/")}
     assert {route.removeprefix("/legacy") for route in routes if route.startswith("/legacy/")} <= told

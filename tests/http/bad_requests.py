@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -114,10 +114,44 @@ def not_json() -> Iterable[BadRequest]:
 def content_types() -> Iterable[BadRequest]:
     yield unsupported("no content type", None, "none")
     yield unsupported("a form's type", "application/x-www-form-urlencoded", "x-www-form-urlencoded")
-    yield unsupported("a multipart form's type", "multipart/form-data; boundary=x", "multipart")
     yield unsupported("plain text", "text/plain", "text/plain")
-    yield unsupported("an image's type", "image/png", "image/png")
+    yield unsupported("a recording's type for a task of images", "audio/wav", "one file (image/*)")
     yield unsupported("a type that is none", "json", "json")
+
+
+def forms_and_files() -> Iterable[BadRequest]:
+    multipart = "multipart/form-data; boundary=x"
+
+    def form(name: str, body: bytes, word: str, field: str | None = None, **more: Any) -> BadRequest:
+        return BadRequest(name, CAPTION, body, 400, "invalid_input", word, field, content_type=multipart, **more)
+
+    def part(data: bytes, name: str = "image", filename: str = '; filename="a"') -> bytes:
+        return f'--x\r\nContent-Disposition: form-data; name="{name}"{filename}\r\n\r\n'.encode() + data + b"\r\n"
+
+    png = part(base64.b64decode(PNG))
+    yield form("a form that is JSON", b'{"image": "a"}', "not a valid multipart form")
+    yield form("a form without its end", png, "the last boundary is missing")
+    yield form("a form without parts", b"--x--\r\n", "missing", "image")
+    yield form("a form with an empty file", part(b"") + b"--x--", "image is empty", "image")
+    yield form("a form with a damaged second image", png + part(b"no") + b"--x--", "not an image", "image[1]")
+    yield form("a form with an unknown field", png + part(b"no", "x") + b"--x--", "unknown key 'x'", "x")
+    yield form("a form with a config that is no JSON", png + part(b"{", "config", "") + b"--x--", "JSON", "config")
+    yield form("a form with a web address", part(b"http://a.org", filename="") + b"--x--", "ALLOWED_URL", "image")
+    many = BadRequest("a form of too many images", CAPTION, png * 9 + b"--x--", 413, "too_large", "8 items", "image")
+    large = BadRequest("a form of too many bytes", CAPTION, part(bytes(200_000)), 413, "too_large", "200000 bytes")
+    yield replace(many, content_type=multipart)
+    yield replace(large, content_type=multipart)
+    text = BadRequest("a text sent as an image", CAPTION, b"hello", 400, "invalid_input", "not an image", "image")
+    yield replace(text, content_type="image/png")
+    yield replace(text, name="an image file without a byte", body=b"", word="empty", content_type="image/png")
+    yield replace(
+        text,
+        name="an image file with an unknown query",
+        path=f"{CAPTION}?x=1",
+        content_type="image/png",
+        word="unknown key",
+        field="x",
+    )
 
 
 def keys() -> Iterable[BadRequest]:
@@ -181,7 +215,7 @@ def images() -> Iterable[BadRequest]:
     yield image("base64 with a character too many", "AAAAA", "base64")
     yield image("base64 with padding inside", "AA==AA==", "base64")
     yield image("base64 beyond ASCII", "ÄÄÄÄ", "base64")
-    yield image("a web address", "https://example.org/red.png", "base64")
+    yield image("a web address", "https://example.org/red.png", "ALLOWED_URL_HOSTS")
     yield image("a file's path", "/etc/passwd", "not an image")
     yield image("base64 of a text", encode(b"hello"), "not an image")
     yield image("base64 of base64", encode(PNG.encode()), "not an image")
@@ -353,6 +387,7 @@ def methods() -> Iterable[BadRequest]:
 BAD_REQUESTS = [
     *not_json(),
     *content_types(),
+    *forms_and_files(),
     *keys(),
     *wrong_types(),
     *images(),

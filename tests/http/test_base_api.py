@@ -71,7 +71,7 @@ def test_model_is_not_listed_for_a_task_that_it_lacks(client: FlaskClient) -> No
 def test_plugins_are_listed_with_their_state(client: FlaskClient) -> None:
     plugins = json_of(client.get("/api/plugins"))
 
-    assert {"kind": "models", "name": "fake_echo", "state": "loaded", "error": None} in plugins
+    assert {"kind": "models", "name": "fake_echo", "version": None, "state": "loaded", "error": None} in plugins
     assert {plugin["kind"] for plugin in plugins} == {"apis", "consumers", "models", "tasks"}
 
 

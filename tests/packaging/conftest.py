@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 
 from dev_server import SOURCES
-from tests.conftest import Server, free_port
+from tests.conftest import CLIENT, Server, free_port
 
 CORE, PLUGINS = SOURCES[0], SOURCES[1:]
+DISTRIBUTIONS = [*SOURCES, CLIENT]
 
 # Prints what is discovered, and from where. Fails where a plugin is left out.
 _DISCOVER = """
@@ -107,12 +108,12 @@ def environment(tmp_path: Path) -> Environment:
 
 @pytest.fixture(scope="session")
 def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The wheels of the core and of all plugins, by the name of their folder."""
+    """The wheels of all distributions, by the name of their folder."""
     target = tmp_path_factory.mktemp("wheels")
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
-    subprocess.run([*command, "--wheel-dir", str(target), *map(str, SOURCES)], check=True, timeout=240)
+    subprocess.run([*command, "--wheel-dir", str(target), *map(str, DISTRIBUTIONS)], check=True, timeout=240)
     files = {file.name.split("-")[0]: file for file in target.iterdir()}
-    return {source.name: files[source.name.replace("-", "_")] for source in SOURCES}
+    return {source.name: files[source.name.replace("-", "_")] for source in DISTRIBUTIONS}
 
 
 @pytest.fixture

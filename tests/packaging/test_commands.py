@@ -11,7 +11,7 @@ import pytest
 
 from dev_server import ROOT
 
-TOOLS = ("ruff", "hadolint", "shellcheck", "mypy", "python")
+TOOLS = ("ruff", "hadolint", "shellcheck", "jactionlint", "mypy", "python")
 
 
 @pytest.fixture
@@ -24,12 +24,17 @@ def checkout(tmp_path: Path) -> Path:
     for tool in TOOLS:
         write_tool(tmp_path, tool, 0)
     (tmp_path / ".venv" / ".installed").touch()
+    write_script(tmp_path / "system" / "chromium", "")
     return tmp_path
 
 
 def write_tool(checkout: Path, name: str, status: int) -> None:
-    file = checkout / ".venv" / "bin" / name
-    file.write_text(f'#!/bin/sh\necho "this is {name} $*"\nexit {status}\n')
+    write_script(checkout / ".venv" / "bin" / name, f'echo "this is {name} $*"\nexit {status}')
+
+
+def write_script(file: Path, lines: str) -> None:
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(f"#!/bin/sh\n{lines}\n")
     file.chmod(0o755)
 
 
@@ -37,6 +42,7 @@ def run(checkout: Path, *command: str) -> subprocess.CompletedProcess[str]:
     # What an outer make passes on to the makes below it is not for this one.
     outer = ("MAKEFLAGS", "MFLAGS", "MAKELEVEL", "MAKEOVERRIDES")
     environment = {name: value for name, value in os.environ.items() if name not in outer}
+    environment["PATH"] = f"{checkout / 'system'}{os.pathsep}{environment['PATH']}"
     return subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=60)
 
 
@@ -79,3 +85,42 @@ def test_setup_refuses_an_old_python(checkout: Path) -> None:
 
     assert done.returncode != 0
     assert not (checkout / ".venv" / ".installed").exists()
+
+
+def find_chromium(checkout: Path, user: int, **programs: str) -> subprocess.CompletedProcess[str]:
+    """Run ``.ci/chromium`` where there are no programs but these."""
+    folder = checkout / "bare"
+    for name, lines in ({"id": f"echo {user}"} | programs).items():
+        write_script(folder / name, lines)
+    command = ["/bin/sh", ".ci/chromium"]
+    return subprocess.run(command, cwd=checkout, env={"PATH": str(folder)}, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("programs", "said", "asked"),
+    [
+        pytest.param({"chromium": ""}, "", None, id="it is there"),
+        pytest.param({}, "will be skipped", None, id="there is no apt-get"),
+        pytest.param({"apt_get": ""}, "installing Chromium", "chromium", id="it can be installed"),
+        pytest.param({"apt_get": "exit 100"}, "could not be installed", "update --quiet", id="it cannot be installed"),
+    ],
+)
+def test_chromium_is_installed_where_it_is_missing_and_that_is_possible(
+    checkout: Path, programs: dict[str, str], said: str, asked: str | None
+) -> None:
+    record = checkout / "asked"
+    found = {name.replace("_", "-"): f'echo "$*" >>{record}\n{lines}' for name, lines in programs.items()}
+
+    done = find_chromium(checkout, 0, **found)
+
+    assert done.returncode == 0, done.stderr
+    assert said in done.stdout
+    assert bool(done.stdout) == bool(said)
+    assert (asked in record.read_text()) if asked else not record.exists()
+
+
+def test_chromium_is_not_installed_by_who_may_not(checkout: Path) -> None:
+    done = find_chromium(checkout, 1000, **{"apt-get": "exit 1"})
+
+    assert done.returncode == 0
+    assert "will be skipped" in done.stdout

@@ -1,10 +1,11 @@
-"""``dev_requirements.txt`` has what the core and all plugins depend on."""
+"""``dev_requirements.txt`` has what the core, the client and all plugins depend on."""
 
 from __future__ import annotations
 
 import tomllib
 
-from dev_server import ROOT, SOURCES
+from dev_server import ROOT
+from tests.packaging.conftest import DISTRIBUTIONS
 
 
 def derived_section() -> list[str]:
@@ -13,7 +14,7 @@ def derived_section() -> list[str]:
 
 
 def declared_dependencies() -> list[str]:
-    projects = [tomllib.loads((source / "pyproject.toml").read_text())["project"] for source in SOURCES]
+    projects = [tomllib.loads((source / "pyproject.toml").read_text())["project"] for source in DISTRIBUTIONS]
     declared = {dependency for project in projects for dependency in project["dependencies"]}
     return sorted(line for line in declared if not line.startswith("feature_extraction_server-"))
 

@@ -11,12 +11,13 @@ from zipfile import ZipFile
 
 import pytest
 
-from dev_server import SOURCES
-from tests.packaging.conftest import CORE, PLUGINS, plugin_name
+from tests.packaging.conftest import CORE, DISTRIBUTIONS, PLUGINS, plugin_name
 
 pytestmark = pytest.mark.packaging
 
-every_distribution = pytest.mark.parametrize("source", [pytest.param(source, id=source.name) for source in SOURCES])
+every_distribution = pytest.mark.parametrize(
+    "source", [pytest.param(source, id=source.name) for source in DISTRIBUTIONS]
+)
 every_plugin = pytest.mark.parametrize("source", [pytest.param(source, id=source.name) for source in PLUGINS])
 
 

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -22,8 +23,12 @@ from tests.conftest import Server, free_port
 from tests.packaging.conftest import CORE, PLUGINS, Environment, plugin_name
 
 INSTALL_PLUGINS = ROOT / "docker" / "install_plugins.sh"
+INSTALL_SYSTEM_DEPENDENCIES = ROOT / "docker" / "install_system_dependencies.sh"
 HEALTH_CHECK = ROOT / "docker" / "healthcheck.py"
 DOCKERFILE = ROOT / "Dockerfile"
+# Each instruction is one line of this.
+INSTRUCTIONS = DOCKERFILE.read_text().replace("\\\n", "")
+CPU_INDEX = "--extra-index-url https://download.pytorch.org/whl/cpu "
 
 MODEL = """
 def load_model():
@@ -109,15 +114,35 @@ def test_dockerfile_passes_hadolint() -> None:
 def test_build_context_has_everything_that_the_dockerfile_copies() -> None:
     kept = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
 
-    lines = re.findall(r"^COPY (.+)$", DOCKERFILE.read_text(), re.MULTILINE)
-    sources = {source for line in lines for source in line.split()[:-1]}
+    lines = re.findall(r"^COPY (?:--chmod=\d+ )?(?!--)(.+)$", INSTRUCTIONS, re.MULTILINE)
+    copied = {source for line in lines for source in line.split()[:-1]}
+    sources = copied | set(re.findall(r"--mount=type=bind,source=([^,\s]+)", INSTRUCTIONS))
 
     assert {source for source in sources if not (ROOT / source).exists()} == set()
     assert {Path(source).parts[0] for source in sources} == kept
 
 
-def test_image_runs_scripts_that_are_executable() -> None:
-    assert os.access(INSTALL_PLUGINS, os.X_OK)
+@pytest.mark.parametrize("script", [INSTALL_PLUGINS, INSTALL_SYSTEM_DEPENDENCIES], ids=lambda script: script.stem)
+def test_image_runs_scripts_that_are_executable(script: Path) -> None:
+    assert os.access(script, os.X_OK)
+
+
+def test_image_says_which_version_of_the_server_it_has() -> None:
+    (version,) = re.findall(r'org.opencontainers.image.version="([^"]+)"', INSTRUCTIONS)
+
+    assert version == tomllib.loads((CORE / "pyproject.toml").read_text())["project"]["version"]
+
+
+def test_image_runs_as_a_user_that_kubernetes_can_tell_from_root() -> None:
+    last_stage = INSTRUCTIONS.split("\nFROM ")[-1]
+
+    assert re.findall(r"^USER (\S+)$", last_stage, re.MULTILINE) == ["1000:1000"]
+
+
+def test_last_stage_has_the_interpreter_that_the_virtual_environment_was_made_with() -> None:
+    build, last = re.findall(r"^FROM (\S+)", INSTRUCTIONS, re.MULTILINE)
+
+    assert last == f"{build}-slim"
 
 
 def test_nothing_is_installed_from_an_empty_directory(
@@ -172,24 +197,54 @@ def test_system_dependencies_are_installed_in_the_plugins_folder_before_the_plug
     assert second.endswith(f"{plugin}/")
 
 
+def test_system_dependencies_are_installed_without_the_plugin_where_that_is_all_that_is_wanted(
+    plugins_to_install: Path, fake_python: tuple[Path, dict[str, str]]
+) -> None:
+    log, environment = fake_python
+    write_model_plugin(plugins_to_install, system_dependencies=f'echo "system" >> "{log}"')
+
+    done = subprocess.run([str(INSTALL_SYSTEM_DEPENDENCIES), str(plugins_to_install)], env=environment, timeout=60)
+
+    assert done.returncode == 0
+    assert log.read_text() == "system\n"
+
+
 @pytest.mark.parametrize(
-    ("index", "expected"),
+    ("arguments", "index"),
     [
-        pytest.param("", [], id="none given"),
-        pytest.param("file:///index", ["-m pip install --no-cache-dir --index-url file:///index torch"], id="given"),
+        pytest.param({}, CPU_INDEX, id="nothing said"),
+        pytest.param({"DEVICE": "cpu", "TORCH_INDEX_URL": ""}, CPU_INDEX, id="cpu"),
+        pytest.param({"DEVICE": "cuda", "TORCH_INDEX_URL": ""}, "", id="cuda"),
+        pytest.param(
+            {"DEVICE": "cpu", "TORCH_INDEX_URL": "file:///i"}, "--extra-index-url file:///i ", id="index, cpu"
+        ),
+        pytest.param(
+            {"DEVICE": "cuda", "TORCH_INDEX_URL": "file:///i"}, "--extra-index-url file:///i ", id="index, cuda"
+        ),
     ],
 )
-def test_torch_comes_first_from_the_index_that_is_given(
-    plugins_to_install: Path, fake_python: tuple[Path, dict[str, str]], index: str, expected: list[str]
+def test_torch_comes_from_the_index_for_the_device_or_from_that_which_is_given(
+    plugins_to_install: Path, fake_python: tuple[Path, dict[str, str]], arguments: dict[str, str], index: str
+) -> None:
+    log, environment = fake_python
+    plugin = write_model_plugin(plugins_to_install)
+
+    install(plugins_to_install, environment | arguments)
+
+    assert log.read_text() == f"-m pip install {index}{plugin}/\n"
+
+
+def test_device_that_is_neither_cpu_nor_cuda_is_refused_by_name(
+    plugins_to_install: Path, fake_python: tuple[Path, dict[str, str]]
 ) -> None:
     log, environment = fake_python
     write_model_plugin(plugins_to_install)
 
-    install(plugins_to_install, environment | {"TORCH_INDEX_URL": index})
+    done = install(plugins_to_install, environment | {"DEVICE": "gpu"})
 
-    *before, plugins = log.read_text().splitlines()
-    assert before == expected
-    assert "tiny" in plugins
+    assert done.returncode == 1
+    assert "DEVICE=gpu is not allowed: it must be cpu or cuda" in done.stderr
+    assert log.read_text() == ""
 
 
 @pytest.mark.packaging
@@ -215,7 +270,7 @@ def test_image_serves_the_plugins_that_were_to_be_installed_and_ends_on_sigterm(
     processes = psutil.Process(server.process.pid).children(recursive=True)
     assert server.get("/api/tasks/list").json() == ["image_captioning"]
     assert answer.json() == ["40 wide"]
-    assert check_health(f"{server.url}/api/tasks/list").returncode == 0
+    assert check_health(f"{server.url}/health/live").returncode == 0
     assert len(processes) >= 2
     assert server.stop() == 0
     assert psutil.wait_procs(processes, timeout=30)[1] == []
@@ -225,7 +280,7 @@ def test_image_serves_the_plugins_that_were_to_be_installed_and_ends_on_sigterm(
     ("answer", "exit_status"),
     [
         pytest.param(200, 0, id="200"),
-        pytest.param(404, 0, id="404, as without the base api"),
+        pytest.param(404, 0, id="404, as without the plugin that has the route"),
         pytest.param(500, 1, id="500"),
         pytest.param(503, 1, id="503"),
     ],
@@ -242,7 +297,7 @@ def test_health_check_passes_on_any_answer_but_a_server_error(answer: int, exit_
     with HTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
-        done = check_health(f"http://127.0.0.1:{server.server_port}/api/tasks/list")
+        done = check_health(f"http://127.0.0.1:{server.server_port}/health/live")
         server.shutdown()
         thread.join()
 
@@ -251,7 +306,7 @@ def test_health_check_passes_on_any_answer_but_a_server_error(answer: int, exit_
 
 
 def test_health_check_fails_where_nothing_listens() -> None:
-    done = check_health(f"http://127.0.0.1:{free_port()}/api/tasks/list")
+    done = check_health(f"http://127.0.0.1:{free_port()}/health/live")
 
     assert done.returncode == 1
     assert "does not answer" in done.stderr

@@ -3,6 +3,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -117,3 +118,84 @@ def test_template_without_a_place_for_the_name_is_refused(ask: Ask) -> None:
 
     assert response.status_code == 400
     assert response.json["field"] == "config.template"
+
+
+@pytest.fixture(scope="module")
+def features() -> Callable[..., Any]:
+    """``features(picture or text)`` gives the projected features that transformers alone gives."""
+    from transformers import CLIPModel, CLIPProcessor
+
+    model: Any = CLIPModel.from_pretrained(checkpoint("clip_vit_large_patch14"))
+    processor: Any = CLIPProcessor.from_pretrained(checkpoint("clip_vit_large_patch14"))
+
+    def embed(of: Image.Image | str) -> Any:
+        with torch.inference_mode():
+            if isinstance(of, str):
+                tokens = processor(text=[of], truncation=True, return_tensors="pt")
+                return model.get_text_features(**tokens).pooler_output[0].numpy()
+            pixels = processor(images=of.convert("RGB"), return_tensors="pt")
+            return model.get_image_features(**pixels).pooler_output[0].numpy()
+
+    return embed
+
+
+TEXTS = ["a cat", "", "two dogs in the snow", "one two three " * 1000]
+
+
+@pytest.mark.parametrize("picture", PICTURES.values(), ids=PICTURES.keys())
+def test_image_s_vector_is_that_of_transformers_normalised(
+    ask: Ask, features: Callable[..., Any], picture: Image.Image
+) -> None:
+    answer = ask("image_embedding", image=picture)
+
+    expected = features(picture)
+    assert answer == pytest.approx(expected / np.linalg.norm(expected), abs=1e-5)
+
+
+@pytest.mark.parametrize("task", ["text_embedding", "text_query_embedding"])
+@pytest.mark.parametrize("text", TEXTS, ids=lambda text: text[:9])
+def test_text_s_vector_is_that_of_transformers_normalised(
+    ask: Ask, features: Callable[..., Any], text: str, task: str
+) -> None:
+    answer = ask(task, text=text)
+
+    expected = features(text)
+    assert answer == pytest.approx(expected / np.linalg.norm(expected), abs=1e-5)
+
+
+def test_vectors_are_as_long_as_the_model_makes_them_if_they_are_not_to_be_normalised(
+    ask: Ask, features: Callable[..., Any]
+) -> None:
+    image = ask("image_embedding", image=draw(0), config={"normalize": False})
+    text = ask("text_embedding", text="a cat", config={"normalize": False})
+
+    assert image == pytest.approx(features(draw(0)), abs=1e-4)
+    assert text == pytest.approx(features("a cat"), abs=1e-4)
+    assert not 0.9 < np.linalg.norm(text) < 1.1
+
+
+@pytest.mark.parametrize(
+    ("task", "key", "items"),
+    [("image_embedding", "image", list(PICTURES.values())), ("text_embedding", "text", TEXTS)],
+    ids=["images", "texts"],
+)
+def test_vectors_of_a_batch_are_those_of_its_items_alone(ask: Ask, task: str, key: str, items: list[Any]) -> None:
+    answers = ask(task, **{key: items})
+
+    for item, answer in zip(items, answers, strict=True):
+        assert answer == pytest.approx(ask(task, **{key: item}), abs=1e-5)
+
+
+def test_images_and_texts_are_compared_by_their_vectors(ask: Ask) -> None:
+    image = np.array(ask("image_embedding", image=draw(0)))
+    texts = np.array(ask("text_embedding", text=CLASSES))
+    probabilities = ask(TASK, image=draw(0), classes=CLASSES)
+
+    assert (texts @ image).argsort().tolist() == np.array(probabilities).argsort().tolist()
+
+
+def test_tokens_that_were_read_of_a_text_are_counted_on_demand(ask: Ask) -> None:
+    answers = ask("text_embedding", text=["", "one two three " * 1000], config={"count_tokens": True})
+
+    assert [answer["tokens"] for answer in answers] == [2, 77]
+    assert answers[0]["embedding"] == pytest.approx(ask("text_embedding", text=""), abs=1e-5)

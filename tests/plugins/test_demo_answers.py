@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from demo.shapes import COLOURS, SHAPES, TEST_SEED, Truth, draw_shape, draw_shapes
@@ -75,6 +76,17 @@ def test_most_probable_class_is_the_right_one(ask_demo: Callable[[str], Ask]) ->
     best = [classes[probabilities.index(max(probabilities))] for probabilities in answers]
     assert share_right(best, [truth.label for truth in TRUTHS]) >= ENOUGH
     assert share_right([max(probabilities) > 0.9 for probabilities in answers], [True] * len(answers)) >= ENOUGH
+
+
+def test_vector_of_an_image_is_nearest_to_that_of_the_right_text(ask_demo: Callable[[str], Ask]) -> None:
+    labels = [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+    ask = ask_demo("clip_vit_large_patch14")
+
+    images = np.array(ask("image_embedding", image=IMAGES))
+    texts = np.array(ask("text_query_embedding", text=labels))
+
+    nearest = [labels[index] for index in (images @ texts.T).argmax(axis=1)]
+    assert share_right(nearest, [truth.label for truth in TRUTHS]) >= ENOUGH
 
 
 def test_best_box_lies_around_the_shape(ask_demo: Callable[[str], Ask]) -> None:

@@ -3,6 +3,8 @@ from __future__ import annotations
 import base64
 import importlib
 import io
+import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -129,6 +131,8 @@ def test_silence_has_no_text(ask: Ask, samples: Any) -> None:
         ({"language": "klingon"}, "config.language"),
         ({"language": 1}, "config.language"),
         ({"task": "sing"}, "config.task"),
+        ({"timestamps": "letters"}, "config.timestamps"),
+        ({"timestamps": True}, "config.timestamps"),
         ({"return_timestamps": True}, "config.return_timestamps"),
         ({"max_new_tokens": 441}, "config.max_new_tokens"),
         ({"temperature": 0}, "config.temperature"),
@@ -172,6 +176,77 @@ def test_a_long_recording_goes_through_the_model_in_batches_of_a_fixed_size(
 
     assert sum(sizes) >= 20
     assert max(sizes) == whisper.WINDOWS_A_CALL
+
+
+# Times
+
+
+def is_in_order(timed: list[dict[str, Any]], duration: float) -> bool:
+    times = [time for one in timed for time in (one["start"], one["end"])]
+    return all(0 <= one["start"] <= one["end"] <= duration for one in timed) and times[::2] == sorted(times[::2])
+
+
+@pytest.mark.parametrize("timestamps", ["segments", "words"])
+def test_times_are_in_order_and_within_the_recording(ask: Ask, timestamps: str) -> None:
+    config = {"timestamps": timestamps, "max_new_tokens": 40, "language": "fr"}
+
+    answer = ask(TASK, audio=encode(noise(1, 70)), config=config)
+
+    assert answer["duration"] == 70
+    assert answer["language"] == "fr"
+    assert answer["segments"]
+    assert is_in_order(answer["segments"], 70)
+    assert answer["segments"][-1]["end"] > 45
+    assert list(answer) == ["text", "language", "segments", *(["words"] if timestamps == "words" else []), "duration"]
+
+
+def test_words_are_those_of_the_text(ask: Ask) -> None:
+    answer = ask(TASK, audio=encode(noise(1)), config={"timestamps": "words", "max_new_tokens": 40})
+
+    assert is_in_order(answer["words"], 2)
+    assert "".join(word["text"] for word in answer["words"]) == "".join(answer["text"].split())
+
+
+@pytest.mark.parametrize("timestamps", ["segments", "words"])
+def test_times_of_a_batch_are_those_of_its_recordings_alone(ask: Ask, timestamps: str) -> None:
+    recordings = [encode(noise(seed, seconds)) for seed, seconds in enumerate((2, 0.05, 31, 0.2))]
+    config = {"timestamps": timestamps, "max_new_tokens": 20}
+
+    answers = ask(TASK, audio=recordings, config=config)
+
+    assert answers == [ask(TASK, audio=recording, config=config) for recording in recordings]
+
+
+def test_silence_has_no_segments(ask: Ask) -> None:
+    answer = ask(TASK, audio=encode(np.zeros(RATE, np.float32)), config={"timestamps": "words"})
+
+    assert answer == {"text": "", "language": None, "segments": [], "words": [], "duration": 1.0}
+
+
+def test_times_of_words_leave_the_faster_attention_in_place(ask: Ask) -> None:
+    ask(TASK, audio=encode(noise(1)))
+    attention = whisper.model.config._attn_implementation
+
+    ask(TASK, audio=encode(noise(1)), config={"timestamps": "words", "max_new_tokens": 4})
+
+    assert whisper.model.config._attn_implementation == attention == "sdpa"
+
+
+def test_a_checkpoint_without_alignment_heads_tells_the_times_of_segments_only(
+    build: Callable[..., Engine], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(checkpoint("whisper"), tmp_path / "whisper"))
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "alignment_heads"}))
+    ask = Ask(create_app(build(WHISPER_CHECKPOINT=str(folder), DEVICE="cpu")).test_client(), "whisper")
+    config = {"max_new_tokens": 4}
+
+    response = ask.response(TASK, audio=encode(noise(1)), config=config | {"timestamps": "words"})
+
+    assert response.status_code == 400
+    assert response.json["field"] == "config.timestamps"
+    assert "segments only" in response.json["error"]
+    assert ask(TASK, audio=encode(noise(1)), config=config | {"timestamps": "segments"})["segments"]
 
 
 @pytest.fixture(scope="module")
@@ -226,3 +301,65 @@ def test_an_english_checkpoint_takes_english(ask_real: Ask) -> None:
     speech = base64.b64encode(Path(whisper_tiny_en.SPEECH_FILE).read_bytes()).decode()
 
     assert ask_real(TASK, audio=speech, config={"language": "English"}) == whisper_tiny_en.SPEECH_TEXT
+
+
+@pytest.fixture(scope="module")
+def library(real_engine: Engine) -> Any:
+    """What transformers alone answers with the trained weights."""
+    from transformers import WhisperForConditionalGeneration, WhisperProcessor, pipeline
+
+    folder = ROOT / ".cache" / "checkpoints" / "whisper_tiny_en"
+    processor: Any = WhisperProcessor.from_pretrained(folder)
+    return pipeline(
+        "automatic-speech-recognition",
+        model=WhisperForConditionalGeneration.from_pretrained(folder),
+        tokenizer=processor.tokenizer,
+        feature_extractor=processor.feature_extractor,
+    )
+
+
+@pytest.mark.weights
+def test_times_of_segments_are_those_that_transformers_gives(ask_real: Ask, library: Any) -> None:
+    samples, rate = soundfile.read(whisper_tiny_en.SPEECH_FILE, dtype="float32")
+    samples = samples[: round(8.5 * rate)]  # two sentences
+    expected = library({"raw": samples, "sampling_rate": rate}, return_timestamps=True)["chunks"]
+
+    segments = ask_real(TASK, audio=encode(samples, rate), config={"timestamps": "segments"})["segments"]
+
+    assert [segment["text"] for segment in segments] == [chunk["text"].strip() for chunk in expected]
+    assert [(segment["start"], segment["end"]) for segment in segments] == [chunk["timestamp"] for chunk in expected]
+
+
+@pytest.mark.weights
+def test_words_begin_about_where_transformers_says(ask_real: Ask, library: Any) -> None:
+    samples, rate = soundfile.read(whisper_tiny_en.SPEECH_FILE, dtype="float32")
+    samples = samples[: round(8.5 * rate)]  # two sentences
+    expected = library({"raw": samples, "sampling_rate": rate}, return_timestamps="word")["chunks"]
+
+    words = ask_real(TASK, audio=encode(samples, rate), config={"timestamps": "words"})["words"]
+
+    assert [word["text"] for word in words] == [chunk["text"].strip() for chunk in expected]
+    # Its words begin earlier after a silence.
+    begins = [chunk["timestamp"][0] for chunk in expected]
+    assert [word["start"] for word in words] == pytest.approx(begins, abs=0.4)
+
+
+@pytest.mark.weights
+def test_trained_weights_tell_when_each_word_of_a_long_recording_is_spoken(ask_real: Ask) -> None:
+    samples, rate = soundfile.read(whisper_tiny_en.SPEECH_FILE, dtype="float32")
+    once = np.concatenate([samples, np.zeros(rate // 2, np.float32)])
+
+    answer = ask_real(TASK, audio=encode(np.concatenate([once] * 2), rate), config={"timestamps": "words"})
+
+    assert answer["text"] == " ".join([whisper_tiny_en.SPEECH_TEXT] * 2)
+    assert answer["language"] == "en"
+    assert [segment["text"] for segment in answer["segments"]] == [
+        text for _, _, text in whisper_tiny_en.SPEECH_SENTENCES
+    ] * 2
+    words = iter(answer["words"])
+    for repetition in range(2):
+        for begin, end, text in whisper_tiny_en.SPEECH_SENTENCES:
+            offset = repetition * len(once) / rate
+            spoken = [next(words) for _ in text.split()]
+            assert " ".join(word["text"] for word in spoken) == text
+            assert all(begin + offset - 0.5 < word["start"] < word["end"] < end + offset + 0.5 for word in spoken)

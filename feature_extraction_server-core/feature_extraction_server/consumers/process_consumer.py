@@ -29,6 +29,7 @@ class Replicas:
     """Several processes of one model, loaded and unloaded together."""
 
     def __init__(self, model: ModelRun) -> None:
+        self.device: str | None = None
         n = model.options.n_replicas
         interval_s = model.options.result_check_interval
         self.processes = [ModelProcess(model.name, replica, interval_s) for replica in range(n)]
@@ -38,6 +39,8 @@ class Replicas:
             process.spawn()
         try:
             self._with_all(ModelProcess.load_model)
+            devices = dict.fromkeys(process.device for process in self.processes if process.device)
+            self.device = ", ".join(devices) or None
         except BaseException:
             self.unload_model()
             raise

@@ -10,7 +10,9 @@ import inspect
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from feature_extraction_server.core.config import check_config
 from feature_extraction_server.core.errors import (
@@ -24,15 +26,26 @@ from feature_extraction_server.core.errors import (
 from feature_extraction_server.core.jobs import Call
 from feature_extraction_server.core.plugins import Registry
 from feature_extraction_server.core.server_settings import ServerSettings
+from feature_extraction_server.core.task import Limits
+from feature_extraction_server.core.tracking import current
+
+if TYPE_CHECKING:
+    from feature_extraction_server.core.job_runner import JobRunner
 
 
 class ApplicationInterface(ABC):
     """The server's functions, free of HTTP. Every method may be called from any thread."""
 
+    #: A directory of this server alone, where its processes meet; None where there is only this one.
+    shared_directory: Path | None = None
+    #: Runs stored jobs; made by the first api plugin that works with them (``job_runner.jobs_of``).
+    jobs: JobRunner | None = None
+
     def __init__(self, registry: Registry, settings: ServerSettings) -> None:
         self.registry = registry
         self.settings = settings
         self.limits = settings.limits()
+        self._may_draft = settings.draft_decoding.get()
 
     # Where the models live
 
@@ -76,6 +89,24 @@ class ApplicationInterface(ABC):
         """
 
     @abstractmethod
+    def overview(self, timeout_s: float) -> list[dict[str, Any]]:
+        """Return the status of every model and, as its ``tasks``, what was measured of each task. Starts nothing.
+
+        Raises:
+            ModelUnavailable: there is no engine process, so that no model runs.
+            DeadlineExceeded: it did not answer in time.
+        """
+
+    def in_each_worker(self, begin: Callable[[], None]) -> None:
+        """Call ``begin`` in each process that answers requests: at once, or as soon as it is forked."""
+        begin()
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the server is about to end, so that it is no use to begin anything."""
+        return False
+
+    @abstractmethod
     def close(self) -> None:
         """Stop all models and give back everything that was started."""
 
@@ -90,7 +121,7 @@ class ApplicationInterface(ABC):
         return sorted(self.registry.models)
 
     def list_plugins(self) -> list[dict[str, str | None]]:
-        """Return kind, name, state and error of every plugin, those that are left out included."""
+        """Return kind, name, version, state and error of every plugin, those that are left out included."""
         return [plugin.report() for plugin in self.registry.plugins]
 
     def tasks_of(self, model: str) -> list[str]:
@@ -130,6 +161,7 @@ class ApplicationInterface(ABC):
         payload: dict[str, Any],
         *,
         is_wanted: Callable[[], bool] = lambda: True,
+        timeout_s: float | None = None,
     ) -> Any:
         """Run a task on a model and return the JSON-ready result. Blocks.
 
@@ -138,16 +170,44 @@ class ApplicationInterface(ABC):
             model: None for the task's default one.
             payload: the task's input, by key.
             is_wanted: asked now and then whether somebody still waits for the result; if not, it is given up.
+            timeout_s: how long it may take, loading included; None for REQUEST_TIMEOUT.
 
         Raises:
             ServerError: any of ``errors``.
         """
-        deadline = time.monotonic() + self.settings.request_timeout.get()
+        deadline = time.monotonic() + (self.settings.request_timeout.get() if timeout_s is None else timeout_s)
         task, model = self.resolve(task, model)
+        if (record := current.get()) is not None:
+            record.task, record.model = task, model
         function = self.registry.tasks[task].wrap(ModelFunction(self, task, model, deadline, is_wanted))
         if self.registry.spec(task) is not None:
             return function(**payload)
         return _call_by_signature(function, payload)
+
+    def check(self, task: str | None, model: str | None, payload: dict[str, Any]) -> tuple[str, str, int | None]:
+        """Check what can be told of a request without running it, in little time.
+
+        Returns:
+            its task, its model and, in batch mode, how many items it has.
+
+        Raises:
+            ServerError: as ``run`` does for the same request.
+        """
+        task, model = self.resolve(task, model)
+        spec, config_type = self.registry.spec(task), self.registry.config_type(model, task)
+        if spec is None:
+            function = self.registry.tasks[task].wrap(ModelFunction(self, task, model, 0.0, lambda: False))
+            _check_signature(function, payload)
+            return task, model, None
+        n_items = spec.check(payload, self.limits)
+        if config_type is not None and payload.get("config") is not None:
+            check_config(config_type, payload["config"])
+        return task, model, n_items
+
+    def limits_for(self, model: str, task: str) -> Limits:
+        """Return what one request to a model may ask for."""
+        size = self.registry.image_size(model, task) if self._may_draft else None
+        return self.limits if size is None else replace(self.limits, draft_size=size)
 
     def resolve(self, task: str | None, model: str | None) -> tuple[str, str]:
         """Return which task and which model a request means.
@@ -207,7 +267,7 @@ class ModelFunction:
         is_wanted: Callable[[], bool],
     ) -> None:
         self.__name__ = task
-        self.limits = application.limits
+        self.limits = application.limits_for(model, task)
         self._application = application
         self._model = model
         self._deadline = deadline
@@ -227,13 +287,17 @@ class ModelFunction:
 
 def _call_by_signature(function: Callable[..., Any], payload: dict[str, Any]) -> Any:
     """Call a hand-written task. Its signature says which keys it takes, its ValueError what the client got wrong."""
-    try:
-        inspect.signature(function, follow_wrapped=False).bind(**payload)
-    except TypeError as error:
-        raise InvalidInput(f"the keys do not fit the task: {error}") from None
+    _check_signature(function, payload)
     try:
         return function(**payload)
     except ServerError:
         raise
     except ValueError as error:
         raise InvalidInput(str(error)) from error
+
+
+def _check_signature(function: Callable[..., Any], payload: dict[str, Any]) -> None:
+    try:
+        inspect.signature(function, follow_wrapped=False).bind(**payload)
+    except TypeError as error:
+        raise InvalidInput(f"the keys do not fit the task: {error}") from None

@@ -84,6 +84,18 @@ class CatalogueConfig(Config):
         return template
 
 
+class EmbeddingConfig(Config):
+    """What a client may ask of a model that makes vectors."""
+
+    normalize: bool = True
+
+
+class TextEmbeddingConfig(EmbeddingConfig):
+    """What a client may ask of a model that makes vectors of texts."""
+
+    count_tokens: bool = False
+
+
 def check_config(config_type: type[Config], config: dict[str, Any]) -> dict[str, Any]:
     """Return ``config`` with the keys that the client set, or raise InvalidInput naming the one at fault."""
     try:

@@ -39,7 +39,11 @@ class Engine(ApplicationInterface):
             self._start_in_turn(model, deadline)
         job = Job(call)
         self._models[model].submit(job)
-        return self._models[model].wait(job, deadline, is_wanted)
+        try:
+            return self._models[model].wait(job, deadline, is_wanted)
+        finally:
+            if job.request is not None:
+                job.request.add(job.times())
 
     def start(self, model: str, *, wait: bool = False) -> None:
         if not self._max_loaded or self._model(model).is_active:
@@ -68,6 +72,9 @@ class Engine(ApplicationInterface):
     def status(self, model: str) -> dict[str, Any]:
         return self._model(model).status()
 
+    def overview(self, timeout_s: float) -> list[dict[str, Any]]:
+        return [model.overview() for model in self._models.values()]
+
     def preload(self) -> None:
         """Start the models that PRELOAD_MODELS names, but those whose plugin is left out."""
         for name in self.settings.preload_models():
@@ -76,6 +83,8 @@ class Engine(ApplicationInterface):
 
     def close(self) -> None:
         """Stop all models; who still runs after the grace period is left to the process's end."""
+        if self.jobs is not None:
+            self.jobs.close()
         for model in self._models.values():
             model.stop()
         give_up_at = time.monotonic() + self.settings.stop_grace_period

@@ -31,6 +31,7 @@ from feature_extraction_server.core.errors import ClientDisconnected, DeadlineEx
 from feature_extraction_server.core.jobs import Call
 from feature_extraction_server.core.plugins import Registry
 from feature_extraction_server.core.server_settings import ServerSettings
+from feature_extraction_server.core.tracking import Times, current
 from feature_extraction_server.core.wire import Channel, connect
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,8 @@ class EngineClient(ApplicationInterface):
     Args:
         owner_pid: the process whose end is the server's end: this one, or the master that started this worker.
     """
+
+    shared_directory: Path
 
     def __init__(self, registry: Registry, settings: ServerSettings, owner_pid: int) -> None:
         super().__init__(registry, settings)
@@ -75,6 +78,30 @@ class EngineClient(ApplicationInterface):
         self.require_model(model)
         status: dict[str, Any] = self._ask(("status", model))
         return status
+
+    def overview(self, timeout_s: float) -> list[dict[str, Any]]:
+        give_up_at = time.monotonic() + timeout_s
+        try:
+            connection = self._connect(timeout_s)
+        except BlockingIOError:  # so many others wait for it already
+            raise self._too_late() from None
+        except OSError:
+            raise ModelUnavailable("the engine process, which runs the models, does not run") from None
+        try:
+            connection.send((None, "overview", ""), timeout_s)
+            if not connection.wait_for_news(max(0, give_up_at - time.monotonic())):
+                raise DeadlineExceeded("the engine process, which runs the models, does not answer")
+            succeeded, answer, _ = connection.receive()
+        except TimeoutError:
+            raise DeadlineExceeded("the engine process, which runs the models, does not answer") from None
+        except (OSError, EOFError):
+            raise ModelUnavailable("the engine process, which runs the models, has just ended") from None
+        finally:
+            connection.close()
+        if not succeeded:
+            raise answer
+        overview: list[dict[str, Any]] = answer
+        return overview
 
     def preload(self) -> None:
         """If there are models to preload, start the engine, now and whenever it dies.
@@ -106,7 +133,7 @@ class EngineClient(ApplicationInterface):
             return
         with suppress(OSError, EOFError):
             connection = self._connect()
-            connection.send(("shutdown",))
+            connection.send((None, "shutdown"))
             connection.wait_for_news(START_TIMEOUT_S)  # ends with the engine
         shutil.rmtree(self._directory, ignore_errors=True)
 
@@ -119,14 +146,15 @@ class EngineClient(ApplicationInterface):
         if deadline is None:
             deadline = time.monotonic() + self.settings.request_timeout.get()
         give_up_at = deadline + DEADLINE_MARGIN_S
+        record = current.get()
         try:
-            connection = self._send(request, give_up_at)
+            connection = self._send((record and record.id, *request), give_up_at)
         except TimeoutError:
             raise self._too_late() from None
         except OSError as error:  # out of file descriptors, say
             raise ModelUnavailable(f"the engine process cannot be reached: {error.strerror}", retry_after=1) from None
         try:
-            succeeded, answer = self._receive(connection, give_up_at, is_wanted)
+            succeeded, answer, times = self._receive(connection, give_up_at, is_wanted)
         except TimeoutError:
             connection.close()
             raise self._too_late() from None
@@ -140,6 +168,8 @@ class EngineClient(ApplicationInterface):
             connection.close()  # an answer that is still owed must not meet the next question
             raise
         self._idle.append(connection)
+        if record is not None and times is not None:
+            record.add(Times(*times))
         if not succeeded:
             raise answer
         return answer
@@ -169,13 +199,15 @@ class EngineClient(ApplicationInterface):
                 connection.close()
                 raise
 
-    def _receive(self, connection: Channel, give_up_at: float, is_wanted: Callable[[], bool]) -> tuple[bool, Any]:
+    def _receive(
+        self, connection: Channel, give_up_at: float, is_wanted: Callable[[], bool]
+    ) -> tuple[bool, Any, tuple[float, float, int, int] | None]:
         while True:
             remaining = give_up_at - time.monotonic()
             try:
                 if remaining < self._check_interval_s and not connection.wait_for_news(max(0, remaining)):
                     raise TimeoutError
-                answer: tuple[bool, Any] = connection.receive()
+                answer: tuple[bool, Any, tuple[float, float, int, int] | None] = connection.receive()
                 return answer
             except TimeoutError:
                 if time.monotonic() >= give_up_at:
@@ -183,8 +215,8 @@ class EngineClient(ApplicationInterface):
                 if not is_wanted():  # the connection is closed then, by which the engine learns of it
                     raise ClientDisconnected("the client has gone") from None
 
-    def _connect(self) -> Channel:
-        return connect(str(self._directory / "engine"), self._check_interval_s)
+    def _connect(self, timeout_s: float | None = None) -> Channel:
+        return connect(str(self._directory / "engine"), self._check_interval_s, timeout_s)
 
     def _start_or_connect(self) -> Channel:
         with suppress(OSError):

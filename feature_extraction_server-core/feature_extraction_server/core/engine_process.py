@@ -20,14 +20,15 @@ from pathlib import Path
 from typing import Any, Final
 
 from feature_extraction_server.core.engine import Engine
-from feature_extraction_server.core.engine_client import is_alive, process_start_time
+from feature_extraction_server.core.engine_client import ENGINE_MODULE, is_alive, process_start_time
 from feature_extraction_server.core.errors import ServerError
 from feature_extraction_server.core.jobs import Call
 from feature_extraction_server.core.settings import SettingsManager
 from feature_extraction_server.core.setup import build_engine
+from feature_extraction_server.core.tracking import RequestRecord, current
 from feature_extraction_server.core.wire import Channel, send_answer
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger(ENGINE_MODULE)  # in the process itself, __name__ is another
 
 # No api plugins: they belong to the web workers.
 KINDS: Final = ("consumers", "tasks", "models")
@@ -80,10 +81,14 @@ def _serve(connection: Channel, engine: Engine, ending: threading.Event) -> None
     with suppress(EOFError, OSError):  # the web worker has left
         while True:
             request = connection.receive()
-            if request == ("shutdown",):
+            if request == (None, "shutdown"):
                 ending.set()
                 threading.Event().wait()  # the process's end closes the connection, which tells the client
-            send_answer(connection, _answer(engine, connection, *request))
+            id, *asked = request
+            record = RequestRecord(id) if id else None
+            current.set(record)
+            succeeded, answer = _answer(engine, connection, *asked)
+            send_answer(connection, (succeeded, answer, record and record.times and tuple(record.times)))
 
 
 def _answer(engine: Engine, connection: Channel, method: str, model: str, *arguments: Any) -> tuple[bool, Any]:
@@ -94,6 +99,8 @@ def _answer(engine: Engine, connection: Channel, method: str, model: str, *argum
             return True, engine.call(model, Call(*call), deadline, lambda: not connection.wait_for_news(0))
         if method == "status":
             return True, engine.status(model)
+        if method == "overview":
+            return True, engine.overview(0)
         (wait,) = arguments
         (engine.start if method == "start" else engine.stop)(model, wait=wait)
         return True, None

@@ -4,12 +4,15 @@
     ├── InvalidInput                400  the request's content is at fault; ``field`` names the place
     │   ├── NoDefault               400  neither named nor configured: which task or which model
     │   └── TooLarge                413  too many bytes, pixels, seconds or items
+    ├── Unauthorized                401  the request has none of API_KEYS
+    ├── ForeignOrigin               403  a page of another origin sent it, which CORS_ORIGINS does not name
     ├── UnsupportedMediaType        415  the body is of a type that the server does not take
     ├── NotFound                    404
     │   ├── TaskNotFound            404
     │   ├── ModelNotFound           404
     │   └── TaskNotSupported        404  the model does not implement the task
     ├── QueueFull                   429  the model's queue is full; ``retry_after`` seconds
+    ├── RateLimited                 429  more requests than RATE_LIMIT allows; ``retry_after`` seconds
     ├── ModelError                  500  the model's function raised or broke the task's contract
     ├── ModelUnavailable            503  the model's consumer died, or the model was stopped
     │   └── ModelLoadFailed         503  ``load_model`` raised
@@ -34,6 +37,12 @@ class ServerError(Exception):
         self.field = field
         self.retry_after = retry_after
 
+    def body(self) -> dict[str, str]:
+        """Return what a client is told."""
+        told = {"error": self.message, "code": self.code} | ({} if self.field is None else {"field": self.field})
+        # Half surrogate pairs, which a client's keys may hold but no answer can, are spelt out.
+        return {name: text.encode("utf-8", "backslashreplace").decode() for name, text in told.items()}
+
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (type(self), self.message, self.field, self.retry_after)
 
@@ -54,6 +63,16 @@ class NoDefault(InvalidInput):
 class TooLarge(InvalidInput):
     status = 413
     code = "too_large"
+
+
+class Unauthorized(ServerError):
+    status = 401
+    code = "unauthorized"
+
+
+class ForeignOrigin(ServerError):
+    status = 403
+    code = "foreign_origin"
 
 
 class UnsupportedMediaType(ServerError):
@@ -81,6 +100,11 @@ class TaskNotSupported(NotFound):
 class QueueFull(ServerError):
     status = 429
     code = "queue_full"
+
+
+class RateLimited(ServerError):
+    status = 429
+    code = "rate_limited"
 
 
 class ModelError(ServerError):

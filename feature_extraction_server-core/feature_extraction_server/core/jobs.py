@@ -9,6 +9,7 @@ the queue is guarded by the lock of the model that owns it.
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, InvalidStateError
@@ -20,6 +21,7 @@ from typing import Any, Final, NamedTuple
 from feature_extraction_server.core import torch_threads
 from feature_extraction_server.core.errors import ModelError, ServerError
 from feature_extraction_server.core.task import batch_key
+from feature_extraction_server.core.tracking import RequestRecord, Times, current
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,11 @@ class Job:
         self.shared = {key: value for key, value in arguments.items() if key not in batch_fields}
         self.n_items = len(next(iter(self.batched.values()))) if self.batched else 1
         self.n_taken = 0
+        self.request = current.get()
+        self._queued = time.monotonic()
+        self._began: float | None = None
+        self._ended: float | None = None
+        self._batch_items = 0
         self._order: list[int] | None = None  # which item the client sent where; None: as they are
         self._joins = (task, tuple(self.batched), batch_key(self.shared)) if self.batched else None
         self._results: list[Any] = [None] * self.n_items
@@ -75,6 +82,25 @@ class Job:
     def _lengths(self) -> list[int]:
         texts = [items for items in self.batched.values() if items and isinstance(items[0], str)]
         return [sum(map(len, item)) for item in zip(*texts, strict=True)] if texts else [0] * self.n_items
+
+    def begin(self, now: float, batch_items: int) -> float | None:
+        """Note that the model is called for some of it; the first time, return how many seconds it has waited."""
+        self._batch_items = max(self._batch_items, batch_items)
+        if self._began is not None:
+            return None
+        self._began = now
+        return now - self._queued
+
+    def pause(self, now: float) -> None:
+        """Note that a call of the model for some of it has ended."""
+        self._ended = now
+
+    def times(self) -> Times:
+        """Return how long it waited and was worked on, so far."""
+        if self._began is None:
+            return Times(time.monotonic() - self._queued, 0.0, self.n_items, 0)
+        ended = time.monotonic() if self._ended is None else self._ended
+        return Times(self._began - self._queued, ended - self._began, self.n_items, self._batch_items)
 
     @property
     def ended(self) -> bool:
@@ -115,12 +141,24 @@ class Piece:
 
 
 class Batch:
-    """What one call of a model's function runs. A consumer calls ``run()`` on each batch it fetches."""
+    """What one call of a model's function runs. A consumer calls ``run()`` on each batch it fetches.
 
-    def __init__(self, model: str, module: Any, pieces: list[Piece]) -> None:
+    Args:
+        measure: takes what a call did: the task, how many items it had, for how many seconds jobs had waited that
+            it was the first call for, and how many seconds it took.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        module: Any,
+        pieces: list[Piece],
+        measure: Callable[[str, int, list[float], float], None] = lambda *measured: None,
+    ) -> None:
         self.module = module  # whatever has the model's functions as attributes
         self.pieces = pieces
         self._model = model
+        self._measure = measure
 
     @property
     def abandoned(self) -> bool:
@@ -131,8 +169,12 @@ class Batch:
         """Call the model's function and answer the jobs. Raises nothing, whatever the function raises."""
         with torch_threads.at_work():
             self._run([piece for piece in self.pieces if not piece.job.ended])
+        current.set(None)
 
     def _run(self, pieces: list[Piece]) -> None:
+        if pieces:
+            ids = dict.fromkeys(piece.job.request.id for piece in pieces if piece.job.request is not None)
+            current.set(RequestRecord(",".join(ids)) if ids else None)  # what is logged now is about all of them
         error = self._try(pieces) if pieces else None
         if error is None:
             return
@@ -172,11 +214,20 @@ class Batch:
 
     def _call(self, pieces: list[Piece]) -> Any:
         first = pieces[0].job
+        n_items = sum(piece.stop - piece.start for piece in pieces)
         batched = {
             key: [item for piece in pieces for item in piece.job.batched[key][piece.start : piece.stop]]
             for key in first.batched
         }
-        return getattr(self.module, first.task)(*first.positional, **batched, **first.shared)
+        began = time.monotonic()
+        waits = [wait for piece in pieces if (wait := piece.job.begin(began, n_items)) is not None]
+        try:
+            return getattr(self.module, first.task)(*first.positional, **batched, **first.shared)
+        finally:
+            ended = time.monotonic()
+            for piece in pieces:
+                piece.job.pause(ended)
+            self._measure(first.task, n_items, waits, ended - began)
 
 
 class JobQueue:

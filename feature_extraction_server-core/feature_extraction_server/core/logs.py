@@ -1,12 +1,15 @@
 """Logging to LOG_PATH and standard error, safely from several processes.
 
 Every process appends to the file itself; a lock file beside it guards each record and the rotation, so that lines
-of different processes never mix and none is lost when the file is rotated.
+of different processes never mix and none is lost when the file is rotated. What is logged while a thread works on a
+request has the request's id.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import time
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,12 +17,44 @@ from concurrent_log_handler import ConcurrentRotatingFileHandler
 
 from feature_extraction_server.core.errors import SettingError
 from feature_extraction_server.core.settings import SettingsManager
+from feature_extraction_server.core.tracking import current
 
 LOGGER_NAME: Final = "feature_extraction_server"
 LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 MAX_FILE_BYTES: Final = 10 * 1024 * 1024
 KEPT_FILES: Final = 5
-_FORMAT: Final = "%(asctime)s %(levelname)s [%(process)d %(threadName)s] %(name)s: %(message)s"
+FORMATS: Final = ("text", "json")
+_TEXT: Final = "%(asctime)s %(levelname)s [%(process)d %(threadName)s] %(name)s: %(request)s%(message)s"
+
+
+class _TextFormatter(logging.Formatter):
+    """A line a record, and a traceback below it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        request = current.get()
+        record.request = "" if request is None else f"[{request.id}] "
+        return super().format(record)
+
+
+class _JSONFormatter(logging.Formatter):
+    """One JSON object a line: the record's parts, the request's id, and the ``fields`` that it was logged with."""
+
+    converter = time.gmtime
+
+    def format(self, record: logging.LogRecord) -> str:
+        request = current.get()
+        told: dict[str, Any] = {
+            "time": f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S')}.{int(record.msecs):03}Z",
+            "level": record.levelname,
+            "logger": record.name,
+            "process": record.process,
+            "thread": record.threadName,
+            "request_id": None if request is None else request.id,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            told["exception"] = self.formatException(record.exc_info)
+        return json.dumps(told | getattr(record, "fields", {}), ensure_ascii=False, default=str)
 
 
 class LogServer:
@@ -31,6 +66,13 @@ class LogServer:
         )
         self._path = settings.add_setting(
             name="LOG_PATH", type=str, default="logs/log.txt", description="Where the log file is stored"
+        )
+        self._format = settings.add_setting(
+            name="LOG_FORMAT",
+            type=str,
+            default="text",
+            choices=FORMATS,
+            description="Whether the log has lines of text, or one JSON object a line",
         )
 
     def configure(self) -> None:
@@ -45,7 +87,7 @@ class LogServer:
             logger.removeHandler(handler)
             handler.close()
         for handler in handlers:
-            handler.setFormatter(logging.Formatter(_FORMAT))
+            handler.setFormatter(_JSONFormatter() if self._format.get() == "json" else _TextFormatter(_TEXT))
             logger.addHandler(handler)
         logger.setLevel(self._level.get())
         logger.propagate = False

@@ -40,9 +40,6 @@ _AUDIO_BLOCK_VALUES: Final = 1 << 20
 
 # Decoders run without Python's interpreter lock. More of them at a time than there are cores would only take turns.
 _decoders: Final = threading.BoundedSemaphore(N_CORES)
-# Pictures freed and made in turn: to have the system take back their memory and hand it out anew, page by page, takes
-# longer than to decode one. These are blocks of at most 16 MiB that Pillow keeps.
-Image.core.set_blocks_max(2 * N_CORES)
 
 
 @contextmanager

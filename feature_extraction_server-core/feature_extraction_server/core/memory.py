@@ -20,12 +20,13 @@ _M_ARENA_MAX: Final = -8
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep what is freed, up to a bound, for what is allocated next.
+    """Have Pillow and the C library keep what is freed, up to a bound, for what is allocated next.
 
-    A request's body, its decoded text and its pictures are allocated and freed every time. By default, the library
-    gives such blocks back to the system at once and gets them anew, page by page, which takes longer than to decode a
-    picture. Who has set one of the library's own variables (MALLOC_...) has decided otherwise.
+    A request's body, its decoded text and its pictures are allocated and freed every time. By default, they
+    give such blocks back to the system at once and get them anew, page by page, which takes longer than to decode a
+    picture. Who has set one of the C library's own variables (MALLOC_...) has decided otherwise.
     """
+    Image.core.set_blocks_max(2 * N_CORES)  # type: ignore[attr-defined]  # of at most 16 MiB
     if any(name.startswith("MALLOC_") for name in os.environ):
         return
     with suppress(OSError, AttributeError):  # another C library
@@ -43,6 +44,6 @@ def give_back_memory() -> None:
     with suppress(AttributeError):  # nobody has it, or another thread is still importing it
         if torch.cuda.is_available():  # type: ignore[union-attr]
             torch.cuda.empty_cache()  # type: ignore[union-attr]
-    Image.core.clear_cache()
+    Image.core.clear_cache()  # type: ignore[attr-defined]
     with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)

@@ -29,6 +29,7 @@ from feature_extraction_server.core.jobs import Batch, Job, JobQueue
 from feature_extraction_server.core.logs import LogServer
 from feature_extraction_server.core.memory import give_back_memory
 from feature_extraction_server.core.resources import device_of, resident_bytes
+from feature_extraction_server.core.tracking import TaskMeasurements
 
 logger = logging.getLogger(__name__)
 
@@ -192,6 +193,8 @@ class Model:
         self._n_loads = self._n_failed_loads = 0
         self._n_jobs = self._n_items = self._n_failures = 0
         self._last_used = time.monotonic()
+        self._measuring = threading.Lock()
+        self._measured: dict[str, TaskMeasurements] = {}
         self._run: ModelRun | None = None
         self._restart = False
         self._next_queue = JobQueue()  # the jobs that came while stopping: they wait for the next run
@@ -334,6 +337,12 @@ class Model:
                 "engine_pid": os.getpid(),
             }
 
+    def overview(self) -> dict[str, Any]:
+        """Return ``status()`` and, as ``tasks``, what was measured of each task since the engine's start."""
+        status = self.status()
+        with self._measuring:
+            return status | {"tasks": {task: measured.told() for task, measured in self._measured.items()}}
+
     @property
     def state(self) -> State:
         return self._state
@@ -400,7 +409,7 @@ class Model:
         with self._changed:
             while not run.ended:
                 if pieces := run.queue.take(self.options.max_batch_size):
-                    return Batch(self.name, run.module, pieces)
+                    return Batch(self.name, run.module, pieces, self._measure)
                 if all(job.ended for job in run.jobs):
                     if self._state is State.RUNNING and self._idle_seconds_left() <= 0:
                         self._set_state(State.STOPPING)
@@ -410,6 +419,14 @@ class Model:
                 stopping = self._state is State.STOPPING
                 self._changed.wait(self.options.result_check_interval if stopping else self._idle_seconds_left())
             return None
+
+    def _measure(self, task: str, n_items: int, waits: list[float], seconds: float) -> None:
+        with self._measuring:
+            measured = self._measured.get(task) or self._measured.setdefault(task, TaskMeasurements())
+            measured.inference_s.add(seconds)
+            measured.batch_items.add(n_items)
+            for wait in waits:
+                measured.queue_s.add(wait)
 
     def _claim_end(self, run: ModelRun) -> bool:
         """Make sure that only one thread ends a run, the consumer's own or one that noticed its death."""

@@ -27,13 +27,14 @@ from feature_extraction_server.core.plugins import NAMESPACE
 from feature_extraction_server.core.resources import device_of
 from feature_extraction_server.core.settings import SettingsManager
 from feature_extraction_server.core.setup import set_up
+from feature_extraction_server.core.tracking import RequestRecord, current
 from feature_extraction_server.core.wire import Channel, send_answer
-
-logger = logging.getLogger(__name__)
 
 MODULE: Final = "feature_extraction_server.core.model_process"
 PR_SET_PDEATHSIG: Final = 1  # of prctl(2)
 END_TIMEOUT_S: Final = 10.0
+
+logger = logging.getLogger(MODULE)  # in the process itself, __name__ is another
 
 
 class ModelProcess:
@@ -130,7 +131,8 @@ class ModelProcess:
         if self._channel is None:
             raise ModelUnavailable(f"the model {self._model} has no process")
         try:
-            self._channel.send((function, positional, arguments, torch_threads.share()))
+            record = current.get()
+            self._channel.send((function, positional, arguments, torch_threads.share(), record and record.id))
             while not self._channel.wait_for_news(self._check_interval_s):
                 if not self.is_wanted():
                     logger.error("Nobody waits for the model %s any more; its process is killed", self._model)
@@ -168,8 +170,9 @@ def main(file_descriptor: int, model: str) -> None:
     module = importlib.import_module(f"{NAMESPACE}.models.{model}")
     try:
         while True:
-            function, positional, arguments, n_threads = channel.receive()
+            function, positional, arguments, n_threads, id = channel.receive()
             torch_threads.use(n_threads)
+            current.set(RequestRecord(id) if id else None)
             answer = _run(model, getattr(module, function), positional, arguments)
             if function == "load_model" and answer[0]:
                 answer = True, device_of(module)

@@ -9,14 +9,15 @@ import importlib
 import logging
 import pkgutil
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import metadata
 from types import ModuleType
 from typing import Any, Final
 
 from feature_extraction_server.core.config import Config
-from feature_extraction_server.core.settings import SettingsManager
+from feature_extraction_server.core.settings import Setting, SettingsManager
 from feature_extraction_server.core.task import TaskSpec
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ logger = logging.getLogger(__name__)
 NAMESPACE: Final = "feature_extraction_server"
 # Models come last: their functions are known by the tasks' names, their consumer types by the consumers'.
 KINDS: Final = ("consumers", "tasks", "apis", "models")
+BUILT_IN_CONSUMERS: Final = ("process_consumer", "single_thread_consumer")
 _REQUIRED_FUNCTION: Final = {"consumers": "start", "tasks": "wrap", "apis": "add_routes", "models": "load_model"}
 
 
@@ -36,11 +38,28 @@ class Plugin:
     module: ModuleType | None
     error: str | None = None
     traceback: str = ""
+    settings: tuple[Setting[Any], ...] = ()  # those that the plugin's add_settings declares
+
+    @cached_property
+    def version(self) -> str | None:
+        """The version of the distribution that the plugin is installed from; None where it is not installed."""
+        built_in = self.kind == "consumers" and self.name in BUILT_IN_CONSUMERS
+        distribution = f"{NAMESPACE}-core" if built_in else f"{NAMESPACE}-{self.kind}-{self.name}"
+        try:
+            return metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            return None
 
     def report(self) -> dict[str, str | None]:
         """Return what ``GET /api/plugins`` tells about it."""
         state = "failed" if self.module is None else "loaded"
-        return {"kind": self.kind, "name": self.name, "state": state, "error": self.error}
+        return {
+            "kind": self.kind,
+            "name": self.name,
+            "version": self.version,
+            "state": state,
+            "error": self.error,
+        }
 
 
 class PluginError(Exception):
@@ -74,6 +93,10 @@ class Registry:
         """The reasons of the plugins that are left out, by kind and name."""
         return {(plugin.kind, plugin.name): plugin.error for plugin in self.plugins if plugin.error is not None}
 
+    def plugin(self, kind: str, name: str) -> Plugin:
+        """Return a plugin that there is."""
+        return next(plugin for plugin in self.plugins if (plugin.kind, plugin.name) == (kind, name))
+
     def names(self, kind: str) -> list[str]:
         """Return the names of a kind's plugins, those that are left out included."""
         return sorted(plugin.name for plugin in self.plugins if plugin.kind == kind)
@@ -101,6 +124,11 @@ class Registry:
     def config_type(self, model: str, task: str) -> type[Config] | None:
         """Return the declaration of what a model takes as ``config`` for a task, if it has one."""
         declared: type[Config] | None = getattr(self.models[model], "config_types", {}).get(task)
+        return declared
+
+    def image_size(self, model: str, task: str) -> int | None:
+        """Return how many pixels the shorter side of a picture needs for a model, if it says so."""
+        declared: int | None = getattr(self.models[model], "image_sizes", {}).get(task)
         return declared
 
     def leave_out(self, kind: str, name: str, reason: str) -> Registry:
@@ -131,8 +159,8 @@ def discover(settings_manager: SettingsManager, kinds: Sequence[str] = KINDS) ->
             try:
                 module = importlib.import_module(f"{NAMESPACE}.{kind}.{name}")
                 _check(kind, module, consumer_types)
-                _add_settings(module, settings_manager)
-                plugins.append(Plugin(kind, name, module))
+                settings = settings_manager.declared_by(getattr(module, "add_settings", _no_settings))
+                plugins.append(Plugin(kind, name, module, settings=settings))
             except BaseException as error:  # whatever one plugin does, SystemExit included, must not stop the server
                 if isinstance(error, KeyboardInterrupt):
                     raise
@@ -162,7 +190,5 @@ def _check(kind: str, module: ModuleType, consumer_types: set[str]) -> None:
             raise PluginError(f"its consumer_type {consumer_type!r} is unknown; there are {known}")
 
 
-def _add_settings(module: ModuleType, settings_manager: SettingsManager) -> None:
-    add_settings: Callable[[Any], Any] | None = getattr(module, "add_settings", None)
-    if add_settings is not None:
-        add_settings(settings_manager)
+def _no_settings(settings_manager: SettingsManager) -> None:
+    """What a plugin without ``add_settings`` declares."""

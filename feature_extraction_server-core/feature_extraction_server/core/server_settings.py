@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Final
 
 from feature_extraction_server.core.errors import SettingError
@@ -9,9 +10,12 @@ from feature_extraction_server.core.model import ModelOptions
 from feature_extraction_server.core.plugins import Registry
 from feature_extraction_server.core.settings import Setting, SettingsManager
 from feature_extraction_server.core.task import Limits
+from feature_extraction_server.core.url_fetch import UrlFetcher, plain_host
 
 #: Longer than anybody waits, and short enough for every clock and timer.
 MAX_SECONDS: Final = 1e8
+_KEY: Final = re.compile(r"[!-~]+")
+_ORIGIN: Final = re.compile(r"\*|[a-z][a-z0-9+.-]*://[a-z0-9.\-\[\]:]+")
 
 
 class ServerSettings:
@@ -94,8 +98,64 @@ class ServerSettings:
             minimum=1,
             description="Bytes that the body of a request may have",
         )
+        self.access_log: Setting[bool] = add(
+            name="ACCESS_LOG", type=bool, default=False, description="Whether every request is logged"
+        )
+        self._api_keys: Setting[str] = add(
+            name="API_KEYS",
+            type=str,
+            default="",
+            secret=True,
+            description="Keys (bearer tokens), separated by commas, of which every request must have one, but for "
+            "health checks and the playground's page; without a key here, anybody may ask",
+        )
+        self._cors_origins: Setting[str] = add(
+            name="CORS_ORIGINS",
+            type=str,
+            default="",
+            description="Origins (as in https://example.org), separated by commas, whose pages may use the server; "
+            "* means any",
+        )
+        self.rate_limit: Setting[float] = add(
+            name="RATE_LIMIT",
+            type=float,
+            default=0.0,
+            minimum=0,
+            maximum=1e6,
+            description="Requests a second that each API key, or each address where there are no keys, may send to "
+            "each web worker; 0 means any number",
+        )
+        self.rate_limit_burst: Setting[int] = add(
+            name="RATE_LIMIT_BURST",
+            type=int,
+            default=20,
+            minimum=1,
+            description="Requests that may come at once where there is a RATE_LIMIT",
+        )
+        self._allowed_url_hosts: Setting[str] = add(
+            name="ALLOWED_URL_HOSTS",
+            type=str,
+            default="",
+            description="Hosts that files which requests name by URL may be fetched from, separated by commas; * means "
+            "any public host; without a host, no file is fetched",
+        )
+        self._url_timeout: Setting[float] = add(
+            name="URL_TIMEOUT",
+            type=float,
+            default=30.0,
+            minimum=0.001,
+            maximum=MAX_SECONDS,
+            description="Seconds that fetching the files which a request names by URL may take",
+        )
         self._options = self._add_model_options(settings)
         self._limits = self._add_limits(settings)
+        self.draft_decoding: Setting[bool] = add(
+            name="DRAFT_DECODING",
+            type=bool,
+            default=False,
+            description="Whether JPEGs much larger than a model's input are decoded at 1/2, 1/4 or 1/8 of their size: "
+            "faster, but answers change a little",
+        )
 
     @staticmethod
     def _add_model_options(settings: SettingsManager) -> dict[str, Setting[Any]]:
@@ -204,8 +264,60 @@ class ServerSettings:
         return float(self._options["stop_grace_period"].get())
 
     def limits(self) -> Limits:
-        """Return what one request may ask for."""
-        return Limits(**{name: setting.get() for name, setting in self._limits.items()})
+        """Return what one request may ask for.
+
+        Raises:
+            SettingError: ALLOWED_URL_HOSTS holds what is no host name.
+        """
+        urls = UrlFetcher(
+            allowed_hosts=self._parse_hosts(),
+            max_bytes=self.max_content_length.get(),
+            timeout_s=min(self._url_timeout.get(), self.request_timeout.get()),
+        )
+        return Limits(**{name: setting.get() for name, setting in self._limits.items()}, urls=urls)
+
+    def _parse_hosts(self) -> frozenset[str]:
+        names = [name.strip() for name in self._allowed_url_hosts.get().split(",") if name.strip()]
+        hosts: set[str] = set()
+        for name in names:
+            try:
+                hosts.add(name if name == "*" else plain_host(name))
+            except ValueError:
+                raise SettingError(
+                    f"ALLOWED_URL_HOSTS={self._allowed_url_hosts.get()!r} is not allowed: {name!r} is no host name; "
+                    "it must be * or a comma-separated list of host names, without https:// and without ports"
+                ) from None
+        return frozenset(hosts)
+
+    def api_keys(self) -> list[str]:
+        """Return the keys of which each request must have one; none where anybody may ask.
+
+        Raises:
+            SettingError: there is one that no request could have.
+        """
+        keys = [key.strip() for key in self._api_keys.get().split(",") if key.strip()]
+        if not all(_KEY.fullmatch(key) for key in keys):
+            raise SettingError(
+                "API_KEYS has a value that is not allowed: it must be a comma-separated list of keys of printable "
+                "characters of ASCII, without spaces"
+            )
+        return keys
+
+    def cors_origins(self) -> frozenset[str]:
+        """Return the origins whose pages may use the server.
+
+        Raises:
+            SettingError: CORS_ORIGINS holds what is no origin.
+        """
+        origins = frozenset(origin.strip() for origin in self._cors_origins.get().split(",") if origin.strip())
+        for origin in sorted(origins):
+            if not _ORIGIN.fullmatch(origin):
+                raise SettingError(
+                    f"CORS_ORIGINS={self._cors_origins.get()!r} is not allowed: {origin!r} is no origin; it must be * "
+                    "or a comma-separated list of origins as browsers send them: https://example.org, without a path "
+                    "and in lower case"
+                )
+        return origins
 
     def preload_models(self) -> list[str]:
         """Return the models to start at boot.

@@ -24,6 +24,7 @@ T = TypeVar("T", str, int, float, bool)
 
 _BOOLEANS: Final = {"true": True, "1": True, "yes": True, "on": True}
 _BOOLEANS.update({"false": False, "0": False, "no": False, "off": False})
+_SECRET_NAME: Final = re.compile(r"TOKEN|KEY|SECRET|PASSWORD")
 _KINDS: Final = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -46,7 +47,8 @@ class Setting(Generic[T]):
     """One setting. ``get()`` gives its value, wherever it is needed.
 
     ``default`` may be None (no value); ``choices`` limits the values; ``minimum`` and ``maximum`` bound a number;
-    ``pattern`` is a regular expression that all of a text must match.
+    ``pattern`` is a regular expression that all of a text must match. A ``secret`` value is shown nowhere; a setting
+    counts as secret too where its name has TOKEN, KEY, SECRET or PASSWORD in it.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Setting(Generic[T]):
     minimum: float | None = None
     maximum: float | None = None
     pattern: str | None = None
+    secret: bool = False
     _manager: SettingsManager | None = field(default=None, repr=False)
 
     def get(self) -> Any:
@@ -88,8 +91,14 @@ class Setting(Generic[T]):
             raise self._not_allowed(text)
         return value
 
+    @property
+    def is_secret(self) -> bool:
+        """Whether the value must not be shown."""
+        return self.secret or _SECRET_NAME.search(self.name) is not None
+
     def _not_allowed(self, text: str) -> SettingError:
-        return SettingError(f"{self.name}={text!r} is not allowed: it must be {self.allowed()}")
+        given = f"{self.name} has a value that" if self.is_secret else f"{self.name}={text!r}"
+        return SettingError(f"{given} is not allowed: it must be {self.allowed()}")
 
     def allowed(self) -> str:
         """Say in words which values are allowed."""
@@ -134,7 +143,9 @@ class SettingsManager:
         self._dotenv_path = Path.cwd() / ".env" if dotenv_path is None else dotenv_path
         self._command_line = dict(command_line or {})
         self._settings: dict[str, Setting[Any]] = {}
+        self._declared: list[Setting[Any]] = []
         self._values: dict[str, Any] = {}
+        self._checks: list[Callable[[], object]] = []
 
     def add_setting(
         self,
@@ -147,6 +158,7 @@ class SettingsManager:
         minimum: float | None = None,
         maximum: float | None = None,
         pattern: str | None = None,
+        secret: bool = False,
     ) -> Setting[T]:
         """Declare a setting and return it. Declaring the same one again returns the first.
 
@@ -157,15 +169,26 @@ class SettingsManager:
             raise ValueError(f"setting {name}: type must be str, int, float or bool")
         if name != name.upper():
             raise ValueError(f"setting {name}: a setting's name is upper case")
-        setting = Setting(name, type, default, description, choices, minimum, maximum, pattern, self)
+        setting = Setting(name, type, default, description, choices, minimum, maximum, pattern, secret, self)
         known = self._settings.setdefault(name, setting)
         if not known.same_definition(setting):
             raise ValueError(f"setting {name} is already declared differently")
+        self._declared.append(known)
         return known
+
+    def declared_by(self, add_settings: Callable[[SettingsManager], Any]) -> tuple[Setting[Any], ...]:
+        """Let a plugin's ``add_settings`` declare its settings, and return them."""
+        self._declared = []
+        add_settings(self)
+        return tuple(dict.fromkeys(self._declared))
 
     def all(self) -> list[Setting[Any]]:
         """Return all declared settings, sorted by name."""
         return [self._settings[name] for name in sorted(self._settings)]
+
+    def add_check(self, check: Callable[[], object]) -> None:
+        """Have ``check`` look closer at values than parsing does; it raises SettingError for a wrong one."""
+        self._checks.append(check)
 
     def check(self) -> None:
         """Parse every setting.
@@ -175,6 +198,8 @@ class SettingsManager:
         """
         for setting in self.all():
             setting.get()
+        for check in self._checks:
+            check()
 
     def read_command_line(self, arguments: Sequence[str], description: str) -> None:
         """Take options such as ``--log-level DEBUG``; ``--help`` lists all settings. Exits with 2 on a bad option."""

@@ -38,6 +38,8 @@ def set_up(
         settings.check()
         server_settings.preload_models()
         server_settings.limits()
+        server_settings.api_keys()
+        server_settings.cors_origins()
         log_server.configure()
     except SettingError as error:
         sys.stderr.write(f"feature_extraction_server: {error}\n")

@@ -27,20 +27,35 @@ from pydantic import TypeAdapter, ValidationError
 
 from feature_extraction_server.core import media
 from feature_extraction_server.core.errors import InvalidInput, ModelError, TooLarge
+from feature_extraction_server.core.url_fetch import UrlFetcher, is_url
 
 FiniteFloat = Annotated[float, PydanticField(allow_inf_nan=False)]
 Probability = Annotated[float, PydanticField(ge=0, le=1)]
 
 JsonSchema = dict[str, Any]
 
+# 8 x 8 red pixels, and 12 samples.
+_EXAMPLE_IMAGE: Final = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAICAIAAABLbSncAAAAEUlEQVR42mP8z4AdMDEMKQkAzUEBD7t4NqoAAAAASUVORK5CYII="
+)
+_EXAMPLE_AUDIO: Final = "UklGRjAAAABXQVZFZm10IBAAAAABAAEAQB8AAEAfAAABAAgAZGF0YQwAAACAoIBggKCAYICggGA="
+
+
+_URLS_OFF: Final = UrlFetcher()
+
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for: pixels an image, seconds a recording, items a list."""
+    """What one request may ask for: pixels an image, seconds a recording, items a list, files by URL.
+
+    ``draft_size``: JPEGs may be decoded at a fraction of their size that leaves no side with fewer pixels.
+    """
 
     max_image_pixels: int = 178_956_970
     max_audio_seconds: float = 14_400
     max_items: int = 1024
+    urls: UrlFetcher = _URLS_OFF
+    draft_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -63,49 +78,78 @@ class InputField:
         """
         raise NotImplementedError
 
+    def check(self, value: Any, field: str, limits: Limits) -> None:
+        """Check what can be told of a value in little time.
+
+        Raises:
+            InvalidInput: ``decode`` would raise it, too.
+        """
+        self.decode(value, field, limits)
+
 
 class TextField(InputField):
     """A text; the model receives a ``str``."""
 
-    schema: ClassVar[JsonSchema] = {"type": "string"}
+    schema: ClassVar[JsonSchema] = {"type": "string", "examples": ["a picture of"]}
 
     def decode(self, value: Any, field: str, limits: Limits) -> str:
         return _text(value, field)
 
 
-class ImageField(InputField):
-    """A base64 image; the model receives an RGB ``PIL.Image.Image``."""
+class MediaField(InputField):
+    """A file: its bytes, base64 or URL."""
+
+    #: What its content type begins with.
+    medium: ClassVar[str]
+
+    def check(self, value: Any, field: str, limits: Limits) -> None:
+        _file(value, field)
+
+
+class ImageField(MediaField):
+    """An image's file; the model receives an RGB ``PIL.Image.Image``."""
+
+    medium = "image"
 
     schema: ClassVar[JsonSchema] = {
         "type": "string",
         "contentEncoding": "base64",
         "contentMediaType": "image/*",
-        "description": "An image file in base64, optionally with a data URL prefix",
+        "description": "An image file in base64, optionally with a data URL prefix, or its URL",
+        "examples": [_EXAMPLE_IMAGE],
     }
 
     def decode(self, value: Any, field: str, limits: Limits) -> Any:
-        return media.decode_image(_text(value, field), field, limits.max_image_pixels)
+        return media.decode_image(_file(value, field), field, limits.max_image_pixels, limits.draft_size)
 
 
-class AudioField(InputField):
-    """A base64 recording; the model receives a ``media.Audio``."""
+class AudioField(MediaField):
+    """A recording's file; the model receives a ``media.Audio``."""
+
+    medium = "audio"
 
     schema: ClassVar[JsonSchema] = {
         "type": "string",
         "contentEncoding": "base64",
         "contentMediaType": "audio/*",
-        "description": "An audio file in base64, optionally with a data URL prefix",
+        "description": "An audio file in base64, optionally with a data URL prefix, or its URL",
+        "examples": [_EXAMPLE_AUDIO],
     }
 
     def decode(self, value: Any, field: str, limits: Limits) -> media.Audio:
-        return media.decode_audio(_text(value, field), field, limits.max_audio_seconds)
+        return media.decode_audio(_file(value, field), field, limits.max_audio_seconds)
 
 
 class StringListField(InputField):
     """A list of at least one string, the same for every item of the request."""
 
     batch: ClassVar[bool] = False
-    schema: ClassVar[JsonSchema] = {"type": "array", "items": {"type": "string"}, "minItems": 1}
+    schema: ClassVar[JsonSchema] = {
+        "type": "array",
+        "items": {"type": "string"},
+        "minItems": 1,
+        "examples": [["cat", "dog"]],
+    }
 
     def decode(self, value: Any, field: str, limits: Limits) -> list[str]:
         if not isinstance(value, list):
@@ -123,7 +167,7 @@ class ConfigField(InputField):
     description: str = "Any additional arguments (depending on the model)"
     required: bool = False
     batch: ClassVar[bool] = False
-    schema: ClassVar[JsonSchema] = {"type": ["object", "null"]}
+    schema: ClassVar[JsonSchema] = {"type": ["object", "null"], "examples": [{}]}
 
     def decode(self, value: Any, field: str, limits: Limits) -> dict[str, Any]:
         if value is None:
@@ -140,6 +184,7 @@ class TaskSpec:
         description: what the task does, for people.
         inputs: the input's keys. A key ``config`` reaches the model as a dict, empty where the client sent none.
         output: the type of one item's result, as pydantic reads it (``list[str]``, a ``TypedDict``).
+        example: one item's result, for the documentation.
         postprocess: ``postprocess(result, inputs)`` gives the item's final result from the model's and the item's own
             decoded inputs; it raises ValueError where the model broke the task's promise.
     """
@@ -150,11 +195,13 @@ class TaskSpec:
         description: str,
         inputs: Mapping[str, InputField],
         output: Any,
+        example: Any = None,
         postprocess: Callable[[Any, dict[str, Any]], Any] | None = None,
     ) -> None:
         self.description: Final = description
         self.inputs: Final = dict(inputs)
         self.output: Final = output
+        self.example: Final = example
         self.batch_fields: Final = tuple(key for key, field in self.inputs.items() if field.batch)
         self._postprocess = postprocess
         if not self.batch_fields:
@@ -184,6 +231,23 @@ class TaskSpec:
 
         return run
 
+    def check(self, payload: Mapping[str, Any], limits: Limits) -> int | None:
+        """Check an input as far as that takes little time. Return how many items it has in batch mode, else None.
+
+        Raises:
+            InvalidInput, TooLarge: as the public function does.
+        """
+        self._check_keys(payload)
+        n_items = self._count_items(payload, limits)
+        for key, field in self.inputs.items():
+            value = payload.get(key)
+            if field.batch and isinstance(value, list):
+                for index, item in enumerate(value):
+                    field.check(item, f"{key}[{index}]", limits)
+            elif value is not None:
+                field.check(value, key, limits)
+        return n_items if is_batch(self, payload) else None
+
     def input_schema(self) -> JsonSchema:
         """Return the JSON schema of the request body."""
         properties = {key: self._field_schema(field) for key, field in self.inputs.items()}
@@ -193,13 +257,17 @@ class TaskSpec:
     def output_schema(self) -> JsonSchema:
         """Return the JSON schema of the answer: one result, or a list of them in batch mode."""
         one = self._output_adapter.json_schema(mode="serialization")
+        if self.example is not None:
+            one["examples"] = [self.example]
         definitions = one.pop("$defs", None)
         schema: JsonSchema = {"anyOf": [one, {"type": "array", "items": one}]}
         return schema | ({"$defs": definitions} if definitions else {})
 
     def _field_schema(self, field: InputField) -> JsonSchema:
-        one = {"description": field.description} | field.schema
-        return {"anyOf": [one, {"type": "array", "items": one}]} if field.batch else one
+        described = {"description": field.description}
+        if field.batch:
+            return described | {"anyOf": [field.schema, {"type": "array", "items": field.schema}]}
+        return field.schema | described
 
     def _check_keys(self, payload: Mapping[str, Any]) -> None:
         for key in payload:
@@ -213,6 +281,7 @@ class TaskSpec:
     def _decode(self, payload: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
         """Decode every field; batch fields become lists of one length (a single value stands for all items)."""
         n_items = self._count_items(payload, limits)
+        payload = self._with_files(payload, limits)
         arguments: dict[str, Any] = {}
         for key, field in self.inputs.items():
             value = payload.get(key)
@@ -225,6 +294,26 @@ class TaskSpec:
             else:
                 arguments[key] = [field.decode(value, key, limits)] * n_items
         return arguments
+
+    def _with_files(self, payload: Mapping[str, Any], limits: Limits) -> Mapping[str, Any]:
+        """Put files in the place of their URLs."""
+        urls: dict[str, str] = {}
+        for key, field in self.inputs.items():
+            if isinstance(field, MediaField):
+                value = payload.get(key)
+                items = (
+                    {f"{key}[{i}]": item for i, item in enumerate(value)} if isinstance(value, list) else {key: value}
+                )
+                urls |= {place: item for place, item in items.items() if is_url(item)}
+        if not urls:
+            return payload
+        files = limits.urls.fetch_all(urls)
+        return {
+            key: [files.get(f"{key}[{i}]", item) for i, item in enumerate(value)]
+            if isinstance(value, list)
+            else files.get(key, value)
+            for key, value in payload.items()
+        }
 
     def _count_items(self, payload: Mapping[str, Any], limits: Limits) -> int:
         lists = {key: payload[key] for key in self.batch_fields if isinstance(payload.get(key), list)}
@@ -276,6 +365,10 @@ def _text(value: Any, field: str) -> str:
     return value
 
 
+def _file(value: Any, field: str) -> str | bytes:
+    return value if isinstance(value, bytes) else _text(value, field)
+
+
 def _check_length(value: list[Any], field: str, limits: Limits) -> None:
     if len(value) > limits.max_items:
         raise TooLarge(
@@ -284,7 +377,7 @@ def _check_length(value: list[Any], field: str, limits: Limits) -> None:
 
 
 def _kind(value: Any) -> str:
-    names = {type(None): "null", bool: "a boolean", str: "a string", list: "a list", dict: "an object"}
+    names = {type(None): "null", bool: "a boolean", str: "a string", list: "a list", dict: "an object", bytes: "a file"}
     return names.get(type(value), "a number")
 
 

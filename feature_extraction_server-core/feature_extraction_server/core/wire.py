@@ -194,38 +194,42 @@ class Channel:
                 parts[0] = parts[0][n_sent:]
 
 
-def connect(path: str, patience_s: float) -> Channel:
+def connect(path: str, patience_s: float, timeout_s: float | None = None) -> Channel:
     """Connect to a listening Unix socket.
 
     Raises:
-        OSError: nobody listens there.
+        OSError: nobody listens there; BlockingIOError where, with ``timeout_s``, too many wait to be let in.
     """
     client = socket.socket(socket.AF_UNIX)
+    client.settimeout(timeout_s)
     try:
         client.connect(path)
+        client.settimeout(None)
     except BaseException:
         client.close()
         raise
     return Channel(client, patience_s)
 
 
-def send_answer(channel: Channel, answer: tuple[bool, Any]) -> None:
-    """Send whether a call succeeded, and its result or its error; tensors in the result become NumPy arrays.
+def send_answer(channel: Channel, answer: tuple[Any, ...]) -> None:
+    """Send whether a call succeeded, its result or its error, and what else there is to say of it.
+
+    Tensors in the result become NumPy arrays.
 
     Raises:
         OSError: the other end has gone.
     """
-    succeeded, result = answer
+    succeeded, result, *rest = answer
     try:
-        channel.send((succeeded, _without_torch(result)))
+        channel.send((succeeded, _without_torch(result), *rest))
     except (pickle.PicklingError, TypeError, AttributeError) as error:  # before a byte of it was sent
-        channel.send((False, ModelError(f"the model's result cannot leave its process: {error}")))
+        channel.send((False, ModelError(f"the model's result cannot leave its process: {error}"), *rest))
 
 
 def _without_torch(result: Any) -> Any:
     """Turn tensors, wherever they stand in a result, into NumPy arrays: not every process should need torch."""
     torch = sys.modules.get("torch")
-    if not hasattr(torch, "Tensor"):  # nobody has it, or another thread is still importing it
+    if torch is None or not hasattr(torch, "Tensor"):  # nobody has it, or another thread is still importing it
         return result
     if isinstance(result, torch.Tensor):
         tensor = result.detach().cpu()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import socket
@@ -16,18 +15,13 @@ from flask.json.provider import DefaultJSONProvider
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from feature_extraction_server.core.application import ApplicationInterface
-from feature_extraction_server.core.errors import (
-    InvalidInput,
-    NotFound,
-    ServerError,
-    TooLarge,
-    UnsupportedMediaType,
-)
+from feature_extraction_server.core.errors import NotFound, ServerError
+from feature_extraction_server.flask.access import add_access_control
+from feature_extraction_server.flask.request_body import body_too_large
+from feature_extraction_server.flask.request_log import with_request_log
 
 logger = logging.getLogger(__name__)
 
-MAX_NESTING: Final = 100
-MAX_DIGITS: Final = 300
 _DRAIN_BYTES: Final = 1 << 30
 _DRAIN_SECONDS: Final = 60.0
 _DRAIN_STALL_SECONDS: Final = 5.0
@@ -57,6 +51,7 @@ def create_app(application: ApplicationInterface) -> Flask:
     app.register_error_handler(HTTPException, _answer_http_exception)
     app.register_error_handler(Exception, _answer_unexpected_error)
     app.after_request(_read_the_rest)
+    add_access_control(app, application.settings)
     for name, api in sorted(application.registry.apis.items()):
         try:
             api.add_routes(application, app)
@@ -66,70 +61,9 @@ def create_app(application: ApplicationInterface) -> Flask:
             logger.exception("The api plugin %s failed to add its routes", name)
             reason = f"add_routes failed: {type(error).__name__}: {error}"
             application.registry = application.registry.leave_out("apis", name, reason)
+    logged = with_request_log(app.wsgi_app, log_access=application.settings.access_log.get())
+    app.wsgi_app = logged  # type: ignore[method-assign]  # as Flask has it
     return app
-
-
-def read_json_object() -> dict[str, Any]:
-    """Return the current request's body, which must be a JSON object.
-
-    Raises:
-        UnsupportedMediaType: the body is not declared to be JSON.
-        TooLarge: it has more than MAX_CONTENT_LENGTH bytes.
-        InvalidInput: it is not JSON, or not an object.
-    """
-    if not request.is_json:
-        given = request.mimetype or "none"
-        raise UnsupportedMediaType(
-            f"the body must be JSON, sent with the header 'Content-Type: application/json' (it was sent with: {given})"
-        )
-    try:
-        text = _read_body().decode("utf-8-sig")
-        if not text.strip():
-            raise InvalidInput("the body is empty: it must be a JSON object whose keys are the task's input")
-        body = json.loads(
-            text,
-            parse_constant=_refuse_constant,
-            parse_float=_finite_float,
-            parse_int=_bounded_int,
-        )
-    except RecursionError:
-        raise _too_deep() from None
-    except UnicodeDecodeError as error:
-        raise InvalidInput(f"the body is not valid JSON: byte {error.start} is not UTF-8") from None
-    except ValueError as error:  # malformed, NaN, or a number too large
-        raise InvalidInput(f"the body is not valid JSON: {error}") from None
-    if not isinstance(body, dict):
-        raise InvalidInput("the body must be a JSON object whose keys are the task's input")
-    _check_nesting(body)
-    return body
-
-
-def _read_body() -> bytes:
-    try:
-        data = request.get_data(cache=False)
-        # Werkzeug cuts a body of undeclared length off at the limit, without a word.
-        if request.content_length is None and len(data) == request.max_content_length:
-            too_large = bool(request.environ["wsgi.input"].read(1))
-        else:
-            too_large = False
-    except HTTPException:
-        raise
-    except Exception as error:  # the server has errors of its own for malformed chunks
-        raise InvalidInput(f"the body cannot be read: {type(error).__name__}") from None
-    if too_large:
-        raise _too_large()
-    return data
-
-
-def _check_nesting(body: dict[str, Any]) -> None:
-    """Refuse what recursive code (a JSON encoder, a model's) could fail on later."""
-    level: list[Any] = [body]
-    for _ in range(MAX_NESTING):
-        inner = [value.values() if isinstance(value, dict) else value for value in level]
-        level = [value for values in inner for value in values if isinstance(value, (dict, list))]
-        if not level:
-            return
-    raise _too_deep()
 
 
 def client_waits() -> Callable[[], bool]:
@@ -151,25 +85,10 @@ def client_waits() -> Callable[[], bool]:
     return waits
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is not a JSON value")
-
-
-def _bounded_int(text: str) -> int:
-    if len(text) > MAX_DIGITS:
-        raise ValueError(f"the number {text[:40]}... is too large")
-    return int(text)
-
-
-def _finite_float(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(f"the number {text[:40]} is too large")
-    return value
-
-
 def _read_the_rest(response: Response) -> Response:
-    response.call_on_close(partial(_drain, request.environ))
+    # What was answered with success was read; to ask the connection costs system calls.
+    if response.status_code >= 400:
+        response.call_on_close(partial(_drain, request.environ))
     return response
 
 
@@ -195,19 +114,18 @@ def _drain(environ: dict[str, Any]) -> None:
 
 
 def _answer_server_error(error: ServerError) -> tuple[Response, int, dict[str, str]]:
-    body = {"error": _utf8(error.message), "code": error.code}
-    if error.field is not None:
-        body["field"] = _utf8(error.field)
     headers = {}
     if error.retry_after is not None:
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after)))
-    return jsonify(body), error.status, headers
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return jsonify(error.body()), error.status, headers
 
 
 def _answer_http_exception(error: HTTPException) -> tuple[Response, int, dict[str, str]]:
     """Answer what Flask and Werkzeug raise: unknown routes, wrong methods, bodies that cannot be read."""
     if isinstance(error, RequestEntityTooLarge):
-        return _answer_server_error(_too_large())
+        return _answer_server_error(body_too_large())
     status = error.code or 500
     if status == 404:
         return _answer_server_error(NotFound(f"there is no route {request.path[:200]}"))
@@ -222,16 +140,3 @@ def _answer_http_exception(error: HTTPException) -> tuple[Response, int, dict[st
 def _answer_unexpected_error(error: Exception) -> tuple[Response, int, dict[str, str]]:
     logger.error("%s %s failed", request.method, request.path, exc_info=error)
     return _answer_server_error(ServerError("the server failed on this request; its log says why"))
-
-
-def _utf8(text: str) -> str:
-    """Spell out half surrogate pairs, which a client's keys may hold but no answer can."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
-def _too_deep() -> InvalidInput:
-    return InvalidInput(f"the body is nested too deeply; at most {MAX_NESTING} levels are allowed")
-
-
-def _too_large() -> TooLarge:
-    return TooLarge(f"the body has more than {request.max_content_length} bytes (MAX_CONTENT_LENGTH)")

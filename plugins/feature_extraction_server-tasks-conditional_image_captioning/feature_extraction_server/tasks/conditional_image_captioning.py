@@ -42,6 +42,7 @@ task = TaskSpec(
         "config": ConfigField(),
     },
     output=list[str],
+    example=["that is sitting on a table"],
     postprocess=without_prefix,
 )
 wrap = task.wrap

@@ -9,5 +9,6 @@ task = TaskSpec(
         "config": ConfigField(),
     },
     output=list[str],
+    example=["a cat that is sitting on a table"],
 )
 wrap = task.wrap

@@ -32,6 +32,7 @@ task = TaskSpec(
         "config": ConfigField(),
     },
     output=Detections,
+    example={"boxes": [[30, 50, 200, 300]], "labels": ["cat"], "scores": [0.95]},
     postprocess=equally_long,
 )
 wrap = task.wrap

@@ -20,6 +20,7 @@ task = TaskSpec(
         "config": ConfigField(),
     },
     output=list[Probability],
+    example=[0.93, 0.07],
     postprocess=one_for_each_class,
 )
 wrap = task.wrap

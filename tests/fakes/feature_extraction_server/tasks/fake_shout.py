@@ -10,6 +10,8 @@ def wrap(func: Callable[..., Any]) -> Callable[..., str]:
     def shout(text: str, mark: str = "!") -> str:
         if not isinstance(text, str):
             raise ValueError("text must be a string")
+        if not isinstance(mark, str):
+            raise ValueError("mark must be a string")
         return str(func(text)).upper() + mark
 
     return shout

@@ -1,0 +1,23 @@
+"""A client of the feature extraction server.
+
+from feature_extraction_server.client import Client
+
+with Client("http://localhost:5000") as client:
+    print(client.caption("cat.jpg"))
+"""
+
+from feature_extraction_server.client.client import Client, Detections, Outcome
+from feature_extraction_server.client.errors import ConnectionFailed, FesError, ServerError, TimedOut, Unreachable
+from feature_extraction_server.client.media import Media
+
+__all__ = [
+    "Client",
+    "ConnectionFailed",
+    "Detections",
+    "FesError",
+    "Media",
+    "Outcome",
+    "ServerError",
+    "TimedOut",
+    "Unreachable",
+]

@@ -1,0 +1,3 @@
+from feature_extraction_server.client.cli import main
+
+main()

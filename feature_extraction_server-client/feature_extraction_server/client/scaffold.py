@@ -1,0 +1,161 @@
+"""New plugins, written from templates: each works, and passes its test, as it is written."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import keyword
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from string import Template
+from typing import Any, Final
+
+from feature_extraction_server.client.items import UsageError
+from feature_extraction_server.client.schema import Field, Kind, example_of, read_fields
+
+#: What each kind of plugin's namespace is called.
+KINDS: Final = {"model": "models", "task": "tasks", "api": "apis", "consumer": "consumers"}
+
+_TEMPLATES: Final = Path(__file__).parent / "templates"
+# For each kind of field: what the model's function receives, what a test sends, what the command takes.
+_FIELD_CODE: Final[dict[Kind, tuple[str, str, str]]] = {
+    "image": ("Image", "picture()", "picture.png"),
+    "audio": ("Audio", "recording()", "recording.wav"),
+    "text": ("str", '"some words"', "'some words'"),
+    "strings": ("list[str]", '["cat", "dog"]', "cat,dog"),
+    "object": ("dict[str, Any]", "{}", "'{}'"),
+    "json": ("Any", "1", "1"),
+}
+_LINE_WIDTH: Final = 80
+
+
+def new_plugin(
+    kind: str, name: str, directory: str, task: str | None, schemas_of: Callable[[str], Mapping[str, Any]]
+) -> Path:
+    """Write a plugin's folder and return it.
+
+    Args:
+        kind: one of ``KINDS``.
+        task: what a model implements; None for the other kinds.
+        schemas_of: asked for a task's ``input`` and ``output`` schema where the task is not installed here.
+
+    Raises:
+        UsageError: the name is none, the task is missing, or the folder exists.
+        OSError: the folder cannot be written.
+    """
+    if not name.isidentifier() or keyword.iskeyword(name) or name != name.lower() or name.startswith("_"):
+        raise UsageError(f"{name!r} cannot be a plugin's name: choose one like my_{kind}")
+    if kind == "model" and task is None:
+        raise UsageError("name the task that the model implements by --task")
+    if kind != "model" and task is not None:
+        raise UsageError("--task is for models alone")
+    distribution = f"feature_extraction_server-{KINDS[kind]}-{name}"
+    words = {"kind": kind, "name": name, "namespace": KINDS[kind], "distribution": distribution}
+    words["title"] = name.replace("_", " ").capitalize()
+    if task is not None:
+        words |= _words_of_model(name, task, _installed_schemas(task) or schemas_of(task))
+    texts = {
+        "pyproject.toml": _fill("pyproject.toml", words),
+        "README.md": _fill(f"{kind}.md", words),
+        f"feature_extraction_server/{KINDS[kind]}/{name}.py": _fill(f"{kind}.py", words),
+        f"tests/test_{name}.py": _fill(f"{kind}_test.py", words),
+    }
+    folder = Path(directory) / distribution
+    if folder.exists():
+        raise UsageError(f"{folder} exists already")
+    for file, text in texts.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(text, encoding="utf-8")
+    return folder
+
+
+def _fill(template: str, words: Mapping[str, str]) -> str:
+    return Template((_TEMPLATES / f"{template}.template").read_text(encoding="utf-8")).substitute(words)
+
+
+def _installed_schemas(task: str) -> Mapping[str, Any] | None:
+    """Return the schemas of a task whose plugin can be imported here."""
+    try:
+        spec = importlib.import_module(f"feature_extraction_server.tasks.{task}").task
+        return {"input": spec.input_schema(), "output": spec.output_schema()}
+    except (ImportError, AttributeError):
+        return None
+
+
+def _words_of_model(name: str, task: str, schemas: Mapping[str, Any]) -> dict[str, str]:
+    fields = sorted(read_fields(schemas["input"]), key=lambda field: not _is_always_given(field))
+    needed = [field for field in fields if field.required]
+    batch_field = next((field.name for field in needed if field.batch), None)
+    if batch_field is None:
+        raise UsageError(f"the task {task} declares no batch fields: its model's function cannot be written from them")
+    example, result = example_of(schemas["output"]), "answer"
+    result_type = _type_of(example)
+    catalogue = next((field.name for field in fields if field.kind == "strings"), None)
+    if catalogue is not None and result_type == "list[float]":
+        example, result = 1.0, f"[answer / len({catalogue})] * len({catalogue})"
+    return {
+        "task": task,
+        "class_name": "".join(part.capitalize() for part in name.split("_")) + "Config",
+        "answer_type": _type_of(example),
+        "answer": _literal(example, indent=4, column=len("    answer = ")),
+        "parameters": "".join(f"    {_parameter(field)},\n" for field in fields),
+        "result_type": result_type,
+        "result_class": result_type.partition("[")[0],
+        "result": result,
+        "batch_field": batch_field,
+        "request": _request(needed, "{}"),
+        "batch_request": _request(needed, "[{}] * 3"),
+        "example_options": "".join(f" --{field.name} {_FIELD_CODE[field.kind][2]}" for field in needed),
+    } | _words_of_media({field.kind for field in fields})
+
+
+def _words_of_media(kinds: set[Kind]) -> dict[str, str]:
+    image, audio = "image" in kinds, "audio" in kinds
+    modules = (["base64", "io"] if image or audio else []) + (["wave"] if audio else [])
+    return {
+        "standard_imports": "".join(f"import {module}\n" for module in modules),
+        "pillow_import": "from PIL import Image\n" if image else "",
+        "image_import": "\nfrom PIL.Image import Image\n" if image else "",
+        "audio_import": "from feature_extraction_server.core.media import Audio\n" if audio else "",
+        "media_functions": (_fill("picture.py", {}) if image else "") + (_fill("recording.py", {}) if audio else ""),
+    }
+
+
+def _is_always_given(field: Field) -> bool:
+    return field.required or field.name == "config"
+
+
+def _parameter(field: Field) -> str:
+    one = _FIELD_CODE[field.kind][0]
+    many = f"list[{one}]" if field.batch else one
+    return f"{field.name}: {many}" if _is_always_given(field) else f"{field.name}: {many} | None = None"
+
+
+def _request(fields: Sequence[Field], batch: str) -> str:
+    values = {field.name: (batch if field.batch else "{}").format(_FIELD_CODE[field.kind][1]) for field in fields}
+    return "".join(f'        "{name}": {value},\n' for name, value in values.items())
+
+
+def _type_of(value: Any) -> str:
+    if isinstance(value, list):
+        kinds = {_type_of(item) for item in value}
+        return f"list[{kinds.pop() if len(kinds) == 1 else 'Any'}]"
+    if isinstance(value, dict):
+        return "dict[str, Any]"
+    return type(value).__name__ if isinstance(value, str | int | float) else "Any"
+
+
+def _literal(value: Any, indent: int, column: int) -> str:
+    """Return Python code for a JSON value that begins at a column, in lines that are not too long."""
+    if isinstance(value, list):
+        opening, closing, parts = "[", "]", [("", item) for item in value]
+    elif isinstance(value, dict):
+        opening, closing, parts = "{", "}", [(f"{json.dumps(key)}: ", item) for key, item in value.items()]
+    else:
+        return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+    line = opening + ", ".join(key + _literal(item, 0, 0) for key, item in parts) + closing
+    if "\n" not in line and column + len(line) <= _LINE_WIDTH:
+        return line
+    inner = indent + 4
+    lines = [f"{' ' * inner}{key}{_literal(item, inner, inner + len(key))},\n" for key, item in parts]
+    return f"{opening}\n{''.join(lines)}{' ' * indent}{closing}"
