@@ -8,7 +8,7 @@ from http.client import HTTPException
 from urllib.error import HTTPError
 from urllib.request import ProxyHandler, build_opener
 
-URL = "http://127.0.0.1:5000/api/tasks/list"
+URL = "http://127.0.0.1:5000/health/live"
 TIMEOUT_S = 5
 
 

@@ -3,10 +3,25 @@
 #
 #     install_plugins.sh DIRECTORY
 #
-# With TORCH_INDEX_URL set, torch comes from that package index; otherwise it comes as any other dependency does.
+# DEVICE is what torch, if a plugin needs it, is to run on: cpu (the default) or cuda. With TORCH_INDEX_URL set, it comes
+# from that package index.
 set -eu
 
 directory=$1
+
+index=${TORCH_INDEX_URL:-}
+case "${DEVICE:-cpu}" in
+cpu)
+    if [ -z "$index" ]; then
+        echo "TORCH_INDEX_URL is not set: where a plugin needs torch, it comes with the CUDA libraries, of several GB" >&2
+    fi
+    ;;
+cuda) ;; # what the default index has for Linux on x86-64
+*)
+    echo "DEVICE=$DEVICE is not allowed: it must be cpu or cuda" >&2
+    exit 1
+    ;;
+esac
 
 set --
 for plugin in "$directory"/*/; do
@@ -22,14 +37,8 @@ if [ $# -eq 0 ]; then
     exit 0
 fi
 
-for plugin in "$@"; do
-    if [ -f "$plugin/install_system_dependencies.sh" ]; then
-        (cd "$plugin" && bash ./install_system_dependencies.sh)
-    fi
-done
+"$(dirname "$0")/install_system_dependencies.sh" "$directory"
 
-if [ -n "${TORCH_INDEX_URL:-}" ]; then
-    python -m pip install --no-cache-dir --index-url "$TORCH_INDEX_URL" torch
-fi
-# Together, so that plugins may depend on each other, whatever their order.
-python -m pip install --no-cache-dir "$@"
+# Together, so that plugins may depend on each other, whatever their order. Of builds of one release of torch, pip takes
+# that of the named index: its version (2.6.0+cpu) counts as the later one.
+python -m pip install ${index:+--extra-index-url "$index"} "$@"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from feature_extraction_server.core.errors import InvalidInput, ModelError
 from feature_extraction_server.core.jobs import Batch, Call, Job, JobQueue
+from tests.waiting import TIMEOUT_S, at_once
 
 
 def job(*items: Any, task: str = "double", **shared: Any) -> Job:
@@ -230,3 +232,23 @@ def test_the_texts_of_a_large_job_run_by_length_and_are_answered_in_their_order(
 
     assert calls == [["a", "bb"], ["ccc", "dddd"], ["eeeee"]]
     assert waiting.future.result(0) == [text.upper() for text in texts]
+
+
+def test_pieces_of_a_job_that_are_done_at_the_same_moment_both_count() -> None:
+    waiting = job(1, 2)
+    both = threading.Barrier(2)
+
+    class Results(list[int]):
+        """Meets the other piece's results where it is asked for its length a second time."""
+
+        n_asked = 0
+
+        def __len__(self) -> int:
+            self.n_asked += 1
+            if self.n_asked == 2:
+                both.wait(TIMEOUT_S)
+            return super().__len__()
+
+    at_once(2, lambda index: waiting.succeed(index, Results([10 * index])))
+
+    assert waiting.future.result(0) == [0, 10]

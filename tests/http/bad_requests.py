@@ -316,8 +316,8 @@ def names() -> Iterable[BadRequest]:
     yield unknown("a name of 4000 characters", f"/api/models/{'x' * 4000}/status", "model_not_found", "xxx", "GET")
     yield unknown("an empty name", "/api/models//status", "not_found", "no route", "GET")
     yield unknown("a double slash", "/api//tasks/list", "not_found", "no route", "GET")
-    yield unknown("the root", "/", "not_found", "no route /", "GET")
-    yield unknown("an unknown route", "/api/tasks", "not_found", "/api/tasks", "GET")
+    yield unknown("an unknown file", "/favicon.ico", "not_found", "no route /favicon.ico", "GET")
+    yield unknown("an unknown route", "/api/nothing", "not_found", "/api/nothing", "GET")
     yield unknown("a file's route", "/static/../../etc/passwd", "not_found", "no route", "GET")
     yield BadRequest(
         "no model, no default", "/api/tasks/image_captioning/features", b"{}", 400, "no_default", "DEFAULT_MODEL_IMAGE"

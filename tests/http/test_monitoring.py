@@ -273,7 +273,6 @@ def test_requests_are_counted_by_route_task_model_and_status(client: FlaskClient
     route = "/api/tasks/<task>/models/<model>/features"
     assert value(client, "fes_requests_total", route=route, status="200", **labels) == 3
     assert value(client, "fes_requests_total", route=route, status="500", **labels) == 1
-    assert value(client, "fes_request_seconds_count", route=route) == 4
 
 
 def test_names_that_clients_make_up_become_no_labels(client: FlaskClient) -> None:

@@ -28,7 +28,6 @@ HEALTH_CHECK = ROOT / "docker" / "healthcheck.py"
 DOCKERFILE = ROOT / "Dockerfile"
 # Each instruction is one line of this.
 INSTRUCTIONS = DOCKERFILE.read_text().replace("\\\n", "")
-CPU_INDEX = "--extra-index-url https://download.pytorch.org/whl/cpu "
 
 MODEL = """
 def load_model():
@@ -212,8 +211,8 @@ def test_system_dependencies_are_installed_without_the_plugin_where_that_is_all_
 @pytest.mark.parametrize(
     ("arguments", "index"),
     [
-        pytest.param({}, CPU_INDEX, id="nothing said"),
-        pytest.param({"DEVICE": "cpu", "TORCH_INDEX_URL": ""}, CPU_INDEX, id="cpu"),
+        pytest.param({}, "", id="nothing said"),
+        pytest.param({"DEVICE": "cpu", "TORCH_INDEX_URL": ""}, "", id="cpu"),
         pytest.param({"DEVICE": "cuda", "TORCH_INDEX_URL": ""}, "", id="cuda"),
         pytest.param(
             {"DEVICE": "cpu", "TORCH_INDEX_URL": "file:///i"}, "--extra-index-url file:///i ", id="index, cpu"
@@ -223,7 +222,7 @@ def test_system_dependencies_are_installed_without_the_plugin_where_that_is_all_
         ),
     ],
 )
-def test_torch_comes_from_the_index_for_the_device_or_from_that_which_is_given(
+def test_torch_comes_from_the_index_that_is_given(
     plugins_to_install: Path, fake_python: tuple[Path, dict[str, str]], arguments: dict[str, str], index: str
 ) -> None:
     log, environment = fake_python

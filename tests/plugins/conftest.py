@@ -26,12 +26,15 @@ def nothing_left_behind() -> Iterator[None]:
         left[0].join(0.1)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
     """Let torch use one thread, which is the fastest for models as small as these."""
     import torch
 
-    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # else the models at work are given all cores
+        torch.set_num_threads(1)
+        yield
 
 
 @pytest.fixture(scope="session")

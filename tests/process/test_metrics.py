@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -92,17 +93,35 @@ def test_counts_survive_workers_that_are_replaced_after_some_requests(gunicorn: 
     server = gunicorn("-w", "1", *THREADS, "--preload", "--max-requests", "5")
     n = 0
 
-    def ask() -> None:
+    def has_twelve() -> bool:
         nonlocal n
         with suppress(requests.ConnectionError):  # it met the worker that leaves
             n += server.post(ECHO, {"text": "hi"}).ok
+        return n >= 12
 
-    for _ in range(12):
-        ask()
-
-    wait_until(lambda: n >= 12 or (ask() or False), "twelve answers")
+    wait_until(has_twelve, "twelve answers")
     assert len(list((private_directory(server.process.pid) / "metrics").glob("counter_*.db"))) >= 2
     assert total(server, "fes_requests_total", model="fake_echo", status="200") == n
+
+
+def test_requests_are_answered_though_they_cannot_be_counted(gunicorn: StartServer) -> None:
+    server = gunicorn("-w", "1", *THREADS, "--preload")
+    echo(server)
+    (before,) = workers(server).values()
+
+    shutil.rmtree(private_directory(server.process.pid) / "metrics")
+    before.kill()
+    wait_until(lambda: bool(workers(server).keys() - {before.pid}), "the next worker")
+
+    def answered() -> bool:
+        try:
+            return server.get("/health/live").status_code == 200
+        except requests.ConnectionError:
+            return False
+
+    wait_until(answered, "the next worker's answer")
+    echo(server, 3)
+    assert server.get("/metrics").status_code == 200
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])

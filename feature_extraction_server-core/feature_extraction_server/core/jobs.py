@@ -9,6 +9,7 @@ the queue is guarded by the lock of the model that owns it.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -64,6 +65,7 @@ class Job:
         self._joins = (task, tuple(self.batched), batch_key(self.shared)) if self.batched else None
         self._results: list[Any] = [None] * self.n_items
         self._n_missing = self.n_items
+        self._counting = threading.Lock()  # several processes of a model may work on it at a time
 
     def joins(self, other: Job) -> bool:
         """Tell whether both may be answered by one call of the model's function."""
@@ -108,10 +110,12 @@ class Job:
 
     def succeed(self, start: int, results: list[Any]) -> None:
         """Take the results of the items from ``start`` on. The last ones to come answer the waiter."""
-        self._results[start : start + len(results)] = results
-        self._n_missing -= len(results)
-        if self._n_missing:
-            return
+        n = len(results)
+        self._results[start : start + n] = results
+        with self._counting:
+            self._n_missing -= n
+            if self._n_missing:
+                return
         if self._order is not None:
             in_order = dict(zip(self._order, self._results, strict=True))
             self._results = [in_order[index] for index in range(self.n_items)]
@@ -138,6 +142,14 @@ class Piece:
     job: Job
     start: int
     stop: int
+
+
+def _record_of(pieces: list[Piece]) -> RequestRecord | None:
+    """Return what tells in the log whose call it is: the ids of all requests that share it."""
+    if len(pieces) == 1:
+        return pieces[0].job.request
+    ids = dict.fromkeys(piece.job.request.id for piece in pieces if piece.job.request is not None)
+    return RequestRecord(",".join(ids)) if ids else None
 
 
 class Batch:
@@ -173,8 +185,7 @@ class Batch:
 
     def _run(self, pieces: list[Piece]) -> None:
         if pieces:
-            ids = dict.fromkeys(piece.job.request.id for piece in pieces if piece.job.request is not None)
-            current.set(RequestRecord(",".join(ids)) if ids else None)  # what is logged now is about all of them
+            current.set(_record_of(pieces))
         error = self._try(pieces) if pieces else None
         if error is None:
             return

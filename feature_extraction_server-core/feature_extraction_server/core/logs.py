@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -39,12 +39,11 @@ class _TextFormatter(logging.Formatter):
 class _JSONFormatter(logging.Formatter):
     """One JSON object a line: the record's parts, the request's id, and the ``fields`` that it was logged with."""
 
-    converter = time.gmtime
-
     def format(self, record: logging.LogRecord) -> str:
         request = current.get()
+        moment = datetime.fromtimestamp(record.created, UTC)
         told: dict[str, Any] = {
-            "time": f"{self.formatTime(record, '%Y-%m-%dT%H:%M:%S')}.{int(record.msecs):03}Z",
+            "time": moment.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
             "level": record.levelname,
             "logger": record.name,
             "process": record.process,

@@ -8,13 +8,11 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Final
-from urllib.parse import urlsplit
 
 from flask import Flask, Response, g, request
 
 from feature_extraction_server.core.errors import ForeignOrigin, RateLimited, Unauthorized
 from feature_extraction_server.core.server_settings import ServerSettings
-from feature_extraction_server.core.tracking import current
 
 #: What a supervisor asks, which has no key and must not be kept waiting.
 HEALTH: Final = "/health/"
@@ -26,11 +24,10 @@ _MAX_BUCKETS: Final = 10_000
 
 
 def add_access_control(app: Flask, settings: ServerSettings) -> None:
-    """Refuse what foreign pages send, and do what API_KEYS, CORS_ORIGINS and RATE_LIMIT say, as far as they are set."""
+    """Do what CORS_ORIGINS, API_KEYS and RATE_LIMIT say, as far as they are set."""
     origins, keys, rate = settings.cors_origins(), settings.api_keys(), settings.rate_limit.get()
     if origins:
         _allow_origins(app, origins)
-    app.before_request(lambda: _refuse_foreign_page(origins))
     if keys:
         _require_key(app, keys)
     if rate:
@@ -69,20 +66,26 @@ def _allow_origins(app: Flask, origins: frozenset[str]) -> None:
     app.after_request(allow)
 
 
-def _refuse_foreign_page(origins: frozenset[str]) -> None:
+def refuse_foreign_page(origin: str, origins: frozenset[str]) -> None:
     """Refuse what a page of another origin has a visitor's browser send.
 
     Browsers send forms and plain bodies without asking first, so that any page could use a server that only its
     visitor can reach. A page can forge none of the headers that are looked at here.
+
+    Args:
+        origin: of the page that sent the current request.
+        origins: those whose pages may.
+
+    Raises:
+        ForeignOrigin: it may not.
     """
-    record = current.get()
-    if record is None or (origin := record.origin) is None or request.method in _SAFE_METHODS:
+    if request.method in _SAFE_METHODS:
         return
     environ = request.environ
     if ANY_ORIGIN in origins or origin in origins or environ.get("HTTP_SEC_FETCH_SITE") == "same-origin":
         return
     forwarded = environ.get("HTTP_X_FORWARDED_HOST", "").partition(",")[0].strip()
-    if urlsplit(origin).netloc.lower() in {environ.get("HTTP_HOST", "").lower(), forwarded.lower()} - {""}:
+    if origin.partition("://")[2].lower() in {environ.get("HTTP_HOST", "").lower(), forwarded.lower()} - {""}:
         return
     raise ForeignOrigin(f"pages of {origin[:200]} may not use this server (CORS_ORIGINS)")
 

@@ -16,9 +16,11 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from feature_extraction_server.core.application import ApplicationInterface
 from feature_extraction_server.core.errors import NotFound, ServerError
-from feature_extraction_server.flask.access import add_access_control
+from feature_extraction_server.core.tracking import current
+from feature_extraction_server.flask.access import add_access_control, refuse_foreign_page
 from feature_extraction_server.flask.request_body import body_too_large
 from feature_extraction_server.flask.request_log import with_request_log
+from feature_extraction_server.flask.tracing import tracing
 
 logger = logging.getLogger(__name__)
 
@@ -37,12 +39,24 @@ class _JSONProvider(DefaultJSONProvider):
         return super().dumps(obj, **({"allow_nan": False} | kwargs))
 
 
+class _App(Flask):
+    """Refuses what foreign pages send before anything else. A hook of Flask's would cost all other requests more."""
+
+    origins: frozenset[str] = frozenset()
+
+    def preprocess_request(self) -> Any:
+        if (record := current.get()) is not None and record.origin is not None:
+            refuse_foreign_page(record.origin, self.origins)
+        return super().preprocess_request()
+
+
 def create_app(application: ApplicationInterface) -> Flask:
     """Make the WSGI app: the routes of every api plugin over ``application``, errors as JSON.
 
     An api plugin whose ``add_routes`` raises is reported as failed; the server works all the same.
     """
-    app = Flask(__name__, static_folder=None)
+    app = _App(__name__, static_folder=None)
+    app.origins = application.settings.cors_origins()
     app.json = _JSONProvider(app)
     app.url_map.strict_slashes = False
     app.url_map.merge_slashes = False  # an empty name is told as such, not redirected to another route
@@ -61,8 +75,9 @@ def create_app(application: ApplicationInterface) -> Flask:
             logger.exception("The api plugin %s failed to add its routes", name)
             reason = f"add_routes failed: {type(error).__name__}: {error}"
             application.registry = application.registry.leave_out("apis", name, reason)
-    logged = with_request_log(app.wsgi_app, log_access=application.settings.access_log.get())
-    app.wsgi_app = logged  # type: ignore[method-assign]  # as Flask has it
+    log_access = application.settings.access_log.get()
+    logged = with_request_log(app.wsgi_app, log_access=log_access, trace=tracing(application))
+    app.wsgi_app = logged  # type: ignore[method-assign,assignment]  # as Flask advises
     return app
 
 

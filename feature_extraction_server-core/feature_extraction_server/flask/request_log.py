@@ -12,6 +12,7 @@ from typing import Any, Final
 from urllib.parse import quote
 
 from feature_extraction_server.core.tracking import RequestRecord, current, is_id, new_id
+from feature_extraction_server.flask.tracing import Trace
 
 logger = logging.getLogger("feature_extraction_server.access")
 
@@ -20,12 +21,13 @@ _MAX_PATH: Final = 300
 Wsgi = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 
-def with_request_log(app: Wsgi, *, log_access: bool) -> Wsgi:
+def with_request_log(app: Wsgi, *, log_access: bool, trace: Trace | None) -> Wsgi:
     """Return ``app`` with an id for each request, and the headers ``X-Request-ID`` and, where a model ran,
     ``Server-Timing`` in its answer.
 
     Args:
         log_access: whether each request is logged, too.
+        trace: takes each request's record, its environment and its answer's status.
     """
 
     def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -39,6 +41,8 @@ def with_request_log(app: Wsgi, *, log_access: bool) -> Wsgi:
                 headers.append(("Server-Timing", f"queue;dur={queued:.3f}, compute;dur={computed:.3f}"))
             if log_access:
                 _log(record, environ, status)
+            if trace is not None:
+                trace(record, environ, status)
             return start_response(status, headers, *error)
 
         current.set(record)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from flask import Flask, Response, request
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest, values
+from prometheus_client import CollectorRegistry, Counter, generate_latest, values
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 
@@ -34,7 +34,6 @@ HEALTH_TIMEOUT_S: Final = 0.08
 METRICS_TIMEOUT_S: Final = 1.0
 #: An engine that answers late, a model holding Python's interpreter lock, is taken to be as it was this long ago.
 REMEMBERED_S: Final = 5.0
-_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 Overview = list[dict[str, Any]]
 
@@ -106,24 +105,23 @@ def _count_requests(application: ApplicationInterface) -> tuple[Callable[[Respon
         collected.register(_OfAllWorkers(directory))
     labels = ("method", "route", "task", "model", "status")
     requests = Counter("fes_requests", "Requests that were answered", labels, registry=own)
-    seconds = Histogram(
-        "fes_request_seconds", "Time from a request's headers to its answer", ("route",), registry=own, buckets=_SECONDS
-    )
+    counters: dict[tuple[str, ...], Counter] = {}  # the library's own look-up takes several times as long
 
     def count(response: Response) -> Response:
         asked = request._get_current_object()  # type: ignore[attr-defined]  # once, since each look-up takes its time
         record = current.get()
-        method, route, model = "", "", ""
+        method = route = task = model = ""
         if (rule := asked.url_rule) is not None:  # what matches none may be anything
             method, route = asked.method, rule.rule
-            named = (asked.view_args or {}).get("model")
+            named = asked.view_args.get("model") if asked.view_args else None
             model = named if named in application.registry.models else ""
-        task = "" if record is None or record.task is None else record.task
-        model = model if record is None or record.model is None else record.model
+        if record is not None and record.task is not None and record.model is not None:
+            task, model = record.task, record.model
+        key = method, route, task, model, str(response.status_code)
         try:
-            requests.labels(method, route, task, model, str(response.status_code)).inc()
-            if record is not None:
-                seconds.labels(route).observe(time.monotonic() - record.began)
+            if (counter := counters.get(key)) is None:
+                counter = counters[key] = requests.labels(*key)
+            counter.inc()
         except OSError:  # somebody has taken the directory away: an answer is worth more than its count
             logger.debug("A request could not be counted", exc_info=True)
         return response
