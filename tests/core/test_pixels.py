@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from feature_extraction_server.core import pixels
+from feature_extraction_server.core.cores import N_CORES
 
 
 def noise(width: int, height: int) -> Image.Image:
@@ -89,7 +90,7 @@ def test_a_region_that_the_other_process_may_still_read_is_not_lent_again() -> N
 
 
 def test_no_more_regions_are_lent_than_there_are_cores() -> None:
-    all_lent = threading.Barrier(pixels.N_CORES + 1)
+    all_lent = threading.Barrier(N_CORES + 1)
     give_back = threading.Event()
     one_more = threading.Event()
 
@@ -102,7 +103,7 @@ def test_no_more_regions_are_lent_than_there_are_cores() -> None:
         with pixels.region(1000):
             one_more.set()
 
-    threads = [threading.Thread(target=borrow) for _ in range(pixels.N_CORES)]
+    threads = [threading.Thread(target=borrow) for _ in range(N_CORES)]
     for thread in threads:
         thread.start()
     all_lent.wait(20)

@@ -19,9 +19,10 @@ FILES = sorted(path.name for path in (Path(playground.__file__).parent / "static
 
 def fetch(client: FlaskClient, path: str) -> TestResponse:
     """Return an answer whose file has been read and closed."""
-    with client.get(path) as response:
+    response = client.get(path)
+    with response:
         response.get_data()
-        return response
+    return response
 
 
 def test_page_is_at_the_root(client: FlaskClient) -> None:
