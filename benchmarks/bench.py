@@ -71,7 +71,7 @@ class Server:
 SERVERS: Final = {
     "ours": Server("**this server**", path="/api/tasks/{task}/models/{model}/features"),
     "ours_draft": Server(
-        "**this server**, drafts",
+        "**this server, drafts**",
         path="/api/tasks/{task}/models/{model}/features",
         installed_as="ours",
         tolerances={"W1": 0.1, "W3": 0.01},
