@@ -44,7 +44,7 @@ def test_request_with_one_of_the_keys_is_answered(locked: FlaskClient, given: st
         pytest.param("Bearer \u00e9", id="not ASCII"),
     ],
 )
-@pytest.mark.parametrize("path", ["/api/tasks/list", "/metrics", "/openapi.json", "/docs", "/nowhere"])
+@pytest.mark.parametrize("path", ["/api/tasks/list", "/metrics", "/api/tasks", "/nowhere"])
 def test_request_without_a_key_is_refused(locked: FlaskClient, path: str, given: str | None) -> None:
     answer = locked.get(path, headers={} if given is None else {"Authorization": given})
 
@@ -59,8 +59,9 @@ def test_health_needs_no_key(locked: FlaskClient, path: str) -> None:
     assert locked.get(path).status_code == 200
 
 
-def test_page_s_own_files_need_no_key(locked: FlaskClient) -> None:
-    assert locked.get("/", buffered=True).status_code == 200
+@pytest.mark.parametrize("path", ["/", "/docs", "/docs/files/start.js", "/openapi.json"])
+def test_pages_and_the_description_need_no_key(locked: FlaskClient, path: str) -> None:
+    assert locked.get(path, buffered=True).status_code == 200
 
 
 def test_refusal_below_v1_has_the_shape_of_that_api(locked: FlaskClient) -> None:

@@ -107,7 +107,7 @@ class ServerSettings:
             default="",
             secret=True,
             description="Keys (bearer tokens), separated by commas, of which every request must have one, but for "
-            "health checks and the playground's page; without a key here, anybody may ask",
+            "health checks, the pages themselves and openapi.json; without a key here, anybody may ask",
         )
         self._cors_origins: Setting[str] = add(
             name="CORS_ORIGINS",
