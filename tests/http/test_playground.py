@@ -57,7 +57,7 @@ def test_no_other_file_is_given_out(client: FlaskClient, name: str) -> None:
 def test_page_and_its_files_need_no_key_but_what_they_ask_for_does(build: Callable[..., Engine]) -> None:
     client = create_app(build(API_KEYS="s3same")).test_client()
 
-    paths = ["/", "/playground/app.js", "/api/tasks/list", "/openapi.json"]
+    paths = ["/", "/playground/app.js", "/api/tasks/list", "/api/models/list"]
     assert [fetch(client, path).status_code for path in paths] == [200, 200, 401, 401]
 
 
