@@ -25,6 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
+from feature_extraction_server.core import subprocesses
 from feature_extraction_server.core.application import ApplicationInterface
 from feature_extraction_server.core.cores import all_cores
 from feature_extraction_server.core.errors import ClientDisconnected, DeadlineExceeded, ModelUnavailable
@@ -234,7 +235,7 @@ class EngineClient(ApplicationInterface):
 
     def _start_engine(self) -> Channel:
         command = [sys.executable, "-P", "-m", ENGINE_MODULE, str(self._directory), str(self.owner_pid)]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        environment = subprocesses.environment()
         # A session of its own, since a terminal's Ctrl-C must not end it before the requests that it works on.
         with all_cores():
             self._process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-import signal
 import socket
 import sys
 import threading
@@ -19,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
+from feature_extraction_server.core import subprocesses
 from feature_extraction_server.core.engine import Engine
 from feature_extraction_server.core.engine_client import ENGINE_MODULE, is_alive, process_start_time
 from feature_extraction_server.core.errors import ServerError
@@ -30,18 +30,14 @@ from feature_extraction_server.core.wire import Channel, send_answer
 
 logger = logging.getLogger(ENGINE_MODULE)  # in the process itself, __name__ is another
 
-# No api plugins: they belong to the web workers.
-KINDS: Final = ("consumers", "tasks", "models")
 BACKLOG: Final = 512
 OWNER_CHECK_INTERVAL_S: Final = 0.2
 
 
 def main(directory: Path, owner_pid: int) -> None:
     """Serve until the owner has gone or a client says ``shutdown``."""
-    # Who ends all processes of a service at once ends the web workers first of all: they still need answers.
-    for ignored in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(ignored, signal.SIG_IGN)
-    engine = build_engine(SettingsManager(), kinds=KINDS)
+    subprocesses.ignore_signals()
+    engine = build_engine(SettingsManager(), kinds=subprocesses.KINDS)
     address = directory / "engine"
     with suppress(FileNotFoundError):
         address.unlink()  # of an engine that was killed

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Final
 
-from feature_extraction_server.core import torch_threads
+from feature_extraction_server.core import subprocesses, torch_threads
 from feature_extraction_server.core.checkpoints import REPLICA_VARIABLE
 from feature_extraction_server.core.errors import ModelError, ModelLoadFailed, ModelUnavailable, ServerError
 from feature_extraction_server.core.plugins import NAMESPACE
@@ -69,10 +69,7 @@ class ModelProcess:
         """Start the process, from a thread that lives as long as it should: where threads end, Linux ends it too."""
         ours, theirs = socket.socketpair()
         command = [sys.executable, "-P", "-m", MODULE, str(theirs.fileno()), self._model]
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-            REPLICA_VARIABLE: str(self._replica),
-        }
+        environment = subprocesses.environment() | {REPLICA_VARIABLE: str(self._replica)}
         with theirs:
             self._process = subprocess.Popen(
                 command, env=environment, stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
@@ -162,11 +159,9 @@ def main(file_descriptor: int, model: str) -> None:
     """Load a model when asked and run its functions, until the other end has gone."""
     if sys.platform == "linux":  # a model that hangs in native code would not notice that the engine has gone
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    # As in the engine: who ends all processes of a service at once ends the web workers first of all.
-    for ignored in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(ignored, signal.SIG_IGN)
+    subprocesses.ignore_signals()
     channel = Channel(socket.socket(fileno=file_descriptor))
-    set_up(SettingsManager(), kinds=("consumers", "tasks", "models"))
+    set_up(SettingsManager(), kinds=subprocesses.KINDS)
     module = importlib.import_module(f"{NAMESPACE}.models.{model}")
     try:
         while True:
