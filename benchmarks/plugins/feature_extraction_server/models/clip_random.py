@@ -5,6 +5,7 @@ from typing import Any
 from PIL.Image import Image
 
 from benchmarks.workloads import ZeroShot
+from feature_extraction_server.core.torch_threads import in_parallel, split
 
 image_sizes = {"zero_shot_image_classification": 224}
 model: ZeroShot
@@ -16,4 +17,5 @@ def load_model() -> None:
 
 
 def zero_shot_image_classification(image: list[Image], classes: list[str], config: dict[str, Any]) -> list[list[float]]:
-    return model([(picture, classes) for picture in image])
+    parts = in_parallel(model, split([(picture, classes) for picture in image]))
+    return [answer for part in parts for answer in part]

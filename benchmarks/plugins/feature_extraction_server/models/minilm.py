@@ -4,6 +4,8 @@ Weights: sentence-transformers/all-MiniLM-L6-v2, Apache 2.0.
 """
 
 from benchmarks.workloads import SentenceEmbedding
+from feature_extraction_server.core.text_encoder import PADDING_A_CALL, group_by_length
+from feature_extraction_server.core.torch_threads import in_parallel, share
 
 model: SentenceEmbedding
 
@@ -14,4 +16,12 @@ def load_model() -> None:
 
 
 def sentence_embedding(text: list[str]) -> list[list[float]]:
-    return model(text)
+    n_words = [len(one.split()) for one in text]
+    groups = group_by_length(n_words, PADDING_A_CALL, -(-sum(n_words) // share()))
+    parts = in_parallel(lambda group: model([text[index] for index in group]), groups)
+    answers = {
+        index: answer
+        for group, part in zip(groups, parts, strict=True)
+        for index, answer in zip(group, part, strict=True)
+    }
+    return [answers[index] for index in range(len(text))]
