@@ -65,6 +65,12 @@ ENV PATH=/opt/venv/bin:$PATH \
 
 # By number, which is what Kubernetes can tell from root.
 USER 1000:1000
+
+# Models whose checkpoints the image is to have, separated by spaces, or --all. Before VOLUME, which keeps what is there.
+ARG PULL_MODELS=""
+# hadolint ignore=SC2086
+RUN [ -z "$PULL_MODELS" ] || python -m feature_extraction_server.core.pull $PULL_MODELS
+
 VOLUME /root/.cache
 EXPOSE 5000
 HEALTHCHECK --interval=30s --timeout=10s --start-period=60s CMD ["python", "/app/healthcheck.py"]

@@ -69,3 +69,61 @@ def test_the_number_given_in_the_environment_is_shared(
     monkeypatch.setenv("OMP_NUM_THREADS", given)
 
     assert torch_threads.share() == expected
+
+
+def test_parts_are_computed_at_once_by_a_thread_each_with_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_threads, "N_CORES", 3)
+    all_at_work = threading.Barrier(3)
+
+    def compute(part: int) -> tuple[int, int]:
+        all_at_work.wait(20)
+        return part, torch.get_num_threads()
+
+    with torch_threads.at_work():
+        results = torch_threads.in_parallel(compute, [0, 1, 2])
+        n_threads_afterwards = torch.get_num_threads()
+
+    assert results == [(0, 1), (1, 1), (2, 1)]
+    assert n_threads_afterwards == 3
+
+
+@pytest.mark.parametrize(("n_cores", "n_parts"), [(1, 3), (4, 1)], ids=["one core", "one part"])
+def test_what_cannot_be_shared_is_computed_by_the_caller_with_all_its_cores(
+    monkeypatch: pytest.MonkeyPatch, n_cores: int, n_parts: int
+) -> None:
+    monkeypatch.setattr(torch_threads, "N_CORES", n_cores)
+
+    with torch_threads.at_work():
+        results = torch_threads.in_parallel(lambda _: (threading.get_ident(), torch.get_num_threads()), [0] * n_parts)
+
+    assert results == [(threading.get_ident(), n_cores)] * n_parts
+
+
+def test_more_parts_than_cores_come_back_in_order() -> None:
+    with torch_threads.at_work():
+        assert torch_threads.in_parallel(str, range(100)) == [str(part) for part in range(100)]
+
+
+def test_error_of_one_part_is_raised() -> None:
+    def fail(part: int) -> None:
+        if part == 5:
+            raise ValueError("part 5")
+
+    with torch_threads.at_work(), pytest.raises(ValueError, match="part 5"):
+        torch_threads.in_parallel(fail, range(8))
+
+
+@pytest.mark.parametrize(
+    ("n_items", "sizes"),
+    [(1, [1]), (2, [1, 1]), (3, [3]), (7, [7]), (8, [4, 4]), (9, [5, 4])],
+    ids=["one", "one a core", "uneven", "uneven still", "even", "many"],
+)
+def test_a_batch_is_split_where_all_cores_have_about_as_much_to_do(
+    monkeypatch: pytest.MonkeyPatch, n_items: int, sizes: list[int]
+) -> None:
+    monkeypatch.setattr(torch_threads, "N_CORES", 2)
+
+    parts = torch_threads.split(range(n_items))
+
+    assert [len(part) for part in parts] == sizes
+    assert [item for part in parts for item in part] == list(range(n_items))

@@ -83,7 +83,7 @@ def test_model_that_takes_any_config_says_null_of_it(client: FlaskClient) -> Non
 def test_model_tells_its_own_settings_and_those_it_shares(client: FlaskClient) -> None:
     settings = {setting["name"]: setting for setting in model(client, "blip")["settings"]}
 
-    assert settings.keys() == {"BLIP_CHECKPOINT", "DEVICE", "DTYPE"}
+    assert settings.keys() == {"BLIP_CHECKPOINT", "BLIP_REVISION", "DEVICE", "DTYPE"}
     assert settings["DEVICE"]["value"] == "auto"
 
 

@@ -10,12 +10,14 @@ import queue
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 
 from feature_extraction_server.core.errors import ServerError
 from feature_extraction_server.core.jobs import Batch
 from feature_extraction_server.core.logs import LogServer
 from feature_extraction_server.core.model import ModelRun
 from feature_extraction_server.core.model_process import ModelProcess
+from feature_extraction_server.core.provenance import KEYS
 
 
 def start(model: ModelRun, log_server: LogServer) -> threading.Thread:
@@ -29,7 +31,6 @@ class Replicas:
     """Several processes of one model, loaded and unloaded together."""
 
     def __init__(self, model: ModelRun) -> None:
-        self.device: str | None = None
         n = model.options.n_replicas
         interval_s = model.options.result_check_interval
         self.processes = [ModelProcess(model.name, replica, interval_s) for replica in range(n)]
@@ -39,8 +40,6 @@ class Replicas:
             process.spawn()
         try:
             self._with_all(ModelProcess.load_model)
-            devices = dict.fromkeys(process.device for process in self.processes if process.device)
-            self.device = ", ".join(devices) or None
         except BaseException:
             self.unload_model()
             raise
@@ -48,13 +47,21 @@ class Replicas:
     def unload_model(self) -> None:
         self._with_all(ModelProcess.unload_model)
 
+    def provenance(self) -> dict[str, str | None]:
+        """Return where the answers come from; what the processes differ in (their devices, say) is a list."""
+        told = [process.provenance for process in self.processes if process.provenance is not None]
+        found = {key: dict.fromkeys(value for one in told if (value := one[key]) is not None) for key in KEYS}
+        return {key: ", ".join(values) or None for key, values in found.items()}
+
     def pids(self) -> list[int]:
         """Return the processes' numbers."""
         return [process.pid for process in self.processes if process.pid is not None]
 
     def _with_all(self, function: Callable[[ModelProcess], None]) -> None:
         with ThreadPoolExecutor(len(self.processes)) as pool:
-            list(pool.map(function, self.processes))
+            # In copies of this thread's context: it says who is told how far a download has come.
+            contexts = [copy_context() for _ in self.processes]
+            list(pool.map(lambda context, process: context.run(function, process), contexts, self.processes))
 
 
 def _consume(model: ModelRun, log_server: LogServer) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from feature_extraction_server.core.errors import (
 )
 from feature_extraction_server.core.jobs import Call
 from feature_extraction_server.core.plugins import Registry
+from feature_extraction_server.core.result_cache import CachedRequest, is_random
 from feature_extraction_server.core.server_settings import ServerSettings
 from feature_extraction_server.core.task import Limits
 from feature_extraction_server.core.tracking import current
@@ -46,6 +47,7 @@ class ApplicationInterface(ABC):
         self.settings = settings
         self.limits = settings.limits()
         self._may_draft = settings.draft_decoding.get()
+        self._caches = settings.result_cache_bytes.get() > 0
 
     # Where the models live
 
@@ -60,6 +62,29 @@ class ApplicationInterface(ABC):
         Raises:
             ServerError: QueueFull, ModelError, ModelUnavailable, ModelLoadFailed, DeadlineExceeded,
                 ClientDisconnected, or what the model's function raised of this kind.
+        """
+
+    @abstractmethod
+    def recall(
+        self, model: str, keys: Sequence[bytes], deadline: float, is_wanted: Callable[[], bool]
+    ) -> list[bytes | None]:
+        """Return the answers that ``remember`` kept under some keys; None for each that there is not.
+
+        They are those of what the model has loaded now; while it does not run, there are none. Where they come from is
+        noted in the request's record. Only with RESULT_CACHE_BYTES.
+
+        Raises:
+            ServerError: as ``call`` does.
+        """
+
+    @abstractmethod
+    def remember(self, model: str, identity: bytes, answers: dict[bytes, bytes]) -> None:
+        """Keep answers by their keys, as long as there is room: those that come from the origin of this identity.
+
+        Only with RESULT_CACHE_BYTES.
+
+        Raises:
+            ServerError: they could not be kept.
         """
 
     @abstractmethod
@@ -179,8 +204,15 @@ class ApplicationInterface(ABC):
         task, model = self.resolve(task, model)
         if (record := current.get()) is not None:
             record.task, record.model = task, model
-        function = self.registry.tasks[task].wrap(ModelFunction(self, task, model, deadline, is_wanted))
-        if self.registry.spec(task) is not None:
+        called = ModelFunction(self, task, model, deadline, is_wanted)
+        declared = self.registry.spec(task) is not None
+        if self._caches and declared and record is not None:
+            if is_random(payload.get("config")):
+                record.cache_status = "fes; fwd=bypass"
+            else:
+                called.cached = CachedRequest(self, model, record, deadline, is_wanted)
+        function = self.registry.tasks[task].wrap(called)
+        if declared:
             return function(**payload)
         return _call_by_signature(function, payload)
 
@@ -268,6 +300,7 @@ class ModelFunction:
     ) -> None:
         self.__name__ = task
         self.limits = application.limits_for(model, task)
+        self.cached: CachedRequest | None = None
         self._application = application
         self._model = model
         self._deadline = deadline

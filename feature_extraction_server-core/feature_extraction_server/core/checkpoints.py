@@ -1,4 +1,6 @@
-"""Checkpoints of transformers models: where they come from, which device and precision they run in.
+"""Checkpoints: where they come from, which device and precision they run in.
+
+Of a model of transformers:
 
     def add_settings(settings_manager):
         global checkpoint
@@ -10,6 +12,13 @@
         tokenizer = checkpoint.load_processor(AutoTokenizer)
         model = checkpoint.load_model(BlipForConditionalGeneration)
 
+Of a model of another library, ``loading`` gives the folder of the files, which ``Checkpoint`` was told:
+
+    checkpoint = Checkpoint(settings_manager, "some_model", "owner/name", files=("config.json", "model.bin"))
+
+    with checkpoint.loading() as folder:
+        model = SomeLibrary(folder / "model.bin")
+
 torch is imported when something is loaded, not before.
 """
 
@@ -18,11 +27,17 @@ from __future__ import annotations
 import logging
 import os
 import re
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from feature_extraction_server.core import torch_threads
 from feature_extraction_server.core.errors import ModelLoadFailed
-from feature_extraction_server.core.settings import SettingsManager
+from feature_extraction_server.core.progress import Download, report
+from feature_extraction_server.core.settings import Setting, SettingsManager
 
 if TYPE_CHECKING:
     import torch
@@ -35,22 +50,54 @@ HUB_TIMEOUT_S: Final = 3
 #: The environment variable that tells a model's process which of the model's replicas it is.
 REPLICA_VARIABLE: Final = "MODEL_REPLICA"
 DTYPES: Final = ("auto", "float32", "float16", "bfloat16")
+#: Of the files on the hub those that transformers reads besides the weights, and the weights: the first kind there is.
+_SMALL_FILES: Final = ("*.json", "*.txt", "*.model", "*.jinja")
+_WEIGHTS: Final = (
+    ("model.safetensors",),
+    ("model.safetensors.index.json", "model-*-of-*.safetensors"),
+    ("pytorch_model.bin",),
+    ("pytorch_model.bin.index.json", "pytorch_model-*-of-*.bin"),
+)
+_loads: Final = threading.Condition()
+_n_loads = 0
 
 
 class Checkpoint:
-    """A model's checkpoint, by the settings ``{MODEL}_CHECKPOINT``, ``DEVICE`` and ``DTYPE``.
+    """A model's checkpoint, by the settings ``{MODEL}_CHECKPOINT``, ``{MODEL}_REVISION``, ``DEVICE`` and ``DTYPE``.
 
     Args:
         model: the model plugin's name.
         default: the checkpoint's name on the Hugging Face hub.
+        revision: which of the hub's revisions is the default.
+        files: patterns, as of a shell, of the files that the model needs; by default those that transformers reads.
+        token: the setting with the token that the hub wants to see, if it is not ``HF_TOKEN``.
     """
 
-    def __init__(self, settings_manager: SettingsManager, model: str, default: str) -> None:
+    def __init__(
+        self,
+        settings_manager: SettingsManager,
+        model: str,
+        default: str,
+        *,
+        revision: str = "main",
+        files: Sequence[str] = (),
+        token: Setting[str] | None = None,
+    ) -> None:
+        self._files = tuple(files)
+        self._token = token
+        self._loaded_revision: str | None = None
         self._setting = settings_manager.add_setting(
             name=f"{model.upper()}_CHECKPOINT",
             type=str,
             default=default,
             description=f"The checkpoint of the model {model}: a name on the Hugging Face hub or a local folder",
+        )
+        self._revision = settings_manager.add_setting(
+            name=f"{model.upper()}_REVISION",
+            type=str,
+            default=revision,
+            description=f"Which revision of the checkpoint of the model {model} is taken from the Hugging Face hub: a "
+            "branch, a tag or a commit",
         )
         self._device = settings_manager.add_setting(
             name="DEVICE",
@@ -127,54 +174,237 @@ class Checkpoint:
             )
         return model.to(device).eval()
 
-    def pixel_values(self, image_processor: Any, images: list[Image]) -> torch.Tensor:
+    def pixel_values(self, image_processor: Any, images: Sequence[Image]) -> torch.Tensor:
         """Return what an image processor makes of images, (n_images, 3, height, width), as the model takes it."""
         pixels: torch.Tensor = image_processor(images, return_tensors="pt")["pixel_values"]
         return pixels.to(self.device, self.dtype)
 
-    def _load(self, loaded_class: Any, arguments: dict[str, Any]) -> Any:
+    def encode_images(
+        self, encode: Callable[[torch.Tensor], torch.Tensor], image_processor: Any, images: Sequence[Image]
+    ) -> torch.Tensor:
+        """Return what an encoder makes of images, (n_images, ...); on the CPU, each core takes its share of them.
+
+        Args:
+            encode: takes pixel values, (n, 3, height, width), and returns (n, ...).
+            image_processor: makes the pixel values, all of one size.
+            images: RGB.
+        """
         import torch
+
+        def encode_some(some: Sequence[Image]) -> torch.Tensor:
+            with torch.inference_mode():
+                return encode(self.pixel_values(image_processor, some))
+
+        if self.device.type != "cpu":
+            return encode_some(images)
+        return torch.cat(torch_threads.in_parallel(encode_some, torch_threads.split(images)))
+
+    def provenance(self) -> dict[str, str]:
+        """Return where the answers of the loaded model come from: ``checkpoint``, ``revision``, ``dtype``, ``device``.
+
+        The revision is the commit on the hub, or ``local`` for a folder.
+        """
+        return {
+            "checkpoint": self.name,
+            "revision": self.revision,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "device": str(self.device),
+        }
+
+    @property
+    def revision(self) -> str:
+        """The commit on the hub of what is loaded, ``local`` for a folder; before it is loaded, the one that is set."""
+        revision: str = self._loaded_revision or self._revision.get()
+        return revision
+
+    @property
+    def wanted_device(self) -> str:
+        """What DEVICE says, ``auto`` included: for libraries other than torch."""
+        name: str = self._device.get()
+        return name
+
+    @property
+    def wanted_dtype(self) -> str:
+        """What DTYPE says, ``auto`` included: for libraries other than torch."""
+        name: str = self._dtype.get()
+        return name
+
+    @property
+    def name(self) -> str:
+        """The name on the hub or the folder that ``{MODEL}_CHECKPOINT`` gives."""
+        name: str = self._setting.get()
+        return name
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the checkpoint is a folder, not one of the hub's."""
+        name = self.name
+        return Path(name).is_dir() or Path(name).is_absolute() or name.startswith(".")
+
+    def download(self) -> Path:
+        """Return the folder with the checkpoint's files, once those that are not there have come from the hub.
+
+        Where the hub cannot be reached, it is what the cache has of the checkpoint, which may not be all of it.
+
+        Raises:
+            ModelLoadFailed: there is no such checkpoint.
+        """
+        name, setting = self.name, self._setting.name
+        if self.is_local:
+            if not Path(name).is_dir():
+                raise ModelLoadFailed(f"the checkpoint folder {setting}={name} does not exist")
+            self._loaded_revision = "local"
+            return Path(name)
+        if _hub_can_be_reached():
+            from huggingface_hub.utils.tqdm import disable_progress_bars
+
+            disable_progress_bars()
+            folder = self.pull()
+        else:
+            folder = self._cached()
+        self._loaded_revision = folder.name  # the cache names the folder so
+        return folder
+
+    def pull(self) -> Path:
+        """Have the cache get what it lacks of the checkpoint's files from the hub, and return their folder there.
+
+        Raises:
+            ModelLoadFailed: they could not be had.
+        """
+        try:
+            return self._pull()
+        except Exception as error:  # the network, the disk and the hub each have errors of all sorts
+            reason = f"could not be had from the Hugging Face hub: {_why_not_had(error)}"
+            raise ModelLoadFailed(f"the checkpoint {self._named()} {reason}") from error
+
+    @contextmanager
+    def loading(self) -> Iterator[Path]:
+        """Give the folder with the checkpoint's files, to load them from within the block.
+
+        Raises:
+            ModelLoadFailed: there is no such checkpoint; or whatever the block raises, but for lack of memory.
+        """
+        folder = self.download()
+        try:
+            yield folder
+        except (MemoryError, ModelLoadFailed):
+            raise
+        except Exception as error:  # on a broken file, the libraries and their parsers raise errors of all sorts
+            if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be there
+                raise
+            place = f"in the folder {self._named()}" if self.is_local else self._named()
+            reason = f"is incomplete or broken: {_first_sentence(error)}"
+            raise ModelLoadFailed(f"the checkpoint {place} {reason}") from error
+
+    def _load(self, loaded_class: Any, arguments: dict[str, Any]) -> Any:
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()  # type: ignore[no-untyped-call]
-        name = self._setting.get()
-        from_hub = _hub_is_needed(name)
+        with self.loading() as folder, _one_more_loading():
+            return loaded_class.from_pretrained(str(folder), **arguments)
+
+    def _pull(self) -> Path:
+        from huggingface_hub import HfApi, constants, snapshot_download
+        from huggingface_hub.file_download import repo_folder_name
+
+        name, revision = self.name, self._revision.get()
+        token = self._token.get() if self._token else None
+        files = HfApi().model_info(name, revision=revision, files_metadata=True, token=token).siblings or []
+        wanted = self._wanted({file.rfilename: file for file in files})
+        blobs = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model") / "blobs"
+        sizes = {
+            blob: file.size or 0 for file in wanted.values() if (blob := file.lfs.sha256 if file.lfs else file.blob_id)
+        }
+        report.get()(Download(blobs, sizes))
         try:
-            return loaded_class.from_pretrained(name, local_files_only=not from_hub, **arguments)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:  # on a broken file, transformers and its parsers raise errors of all sorts
-            raise ModelLoadFailed(self._explain(name, from_hub, _first_sentence(error))) from error
+            return Path(snapshot_download(name, revision=revision, allow_patterns=list(wanted), token=token))
+        finally:
+            report.get()(None)
 
-    def _explain(self, name: str, from_hub: bool, reason: str) -> str:
-        setting = self._setting.name
-        if Path(name).is_dir():
-            return f"the checkpoint in the folder {setting}={name} is incomplete or broken: {reason}"
-        if Path(name).is_absolute() or name.startswith("."):
-            return f"the checkpoint folder {setting}={name} does not exist"
-        if from_hub:
-            return f"the checkpoint {setting}={name} could not be had from the Hugging Face hub: {reason}"
-        return (
-            f"the checkpoint {setting}={name} is neither a folder nor in the cache, and the Hugging Face hub cannot be "
-            f"reached; connect to the hub, or set {setting} to a folder"
-        )
+    def _wanted(self, files: Mapping[str, Any]) -> dict[str, Any]:
+        """Choose by their names what the model needs of the files that the hub has."""
+        patterns = self._files
+        if not patterns:
+            names = [name for name in files if "/" not in name]
+            first = next((kind for kind in _WEIGHTS if any(fnmatch(name, kind[-1]) for name in names)), ())
+            files = {name: files[name] for name in names if name in first or not name.endswith(".index.json")}
+            patterns = _SMALL_FILES + first
+        wanted = {name: file for name, file in files.items() if any(fnmatch(name, pattern) for pattern in patterns)}
+        if not wanted:
+            raise FileNotFoundError("it has none of the files that the model needs")
+        return wanted
+
+    def _cached(self) -> Path:
+        from huggingface_hub import snapshot_download
+
+        try:
+            # With the patterns of the files, the cache's folder would be refused where there is not all of them.
+            return Path(
+                snapshot_download(self.name, revision=self._revision.get(), allow_patterns=[], local_files_only=True)
+            )
+        except Exception as error:  # it is not there, or no name that the hub could have
+            raise ModelLoadFailed(
+                f"the checkpoint {self._named()} is neither a folder nor in the cache, and the Hugging Face hub cannot "
+                f"be reached; connect to the hub, or set {self._setting.name} to a folder"
+            ) from error
+
+    def _named(self) -> str:
+        """Say which checkpoint is meant, as it is set."""
+        named = f"{self._setting.name}={self.name}"
+        if self.is_local or self._revision.get() == self._revision.default:
+            return named
+        return f"{named} at {self._revision.name}={self._revision.get()}"
 
 
-def _hub_is_needed(name: str) -> bool:
-    """Tell whether a checkpoint is to be looked for on the hub: it is no folder, and the hub can be reached.
+@contextmanager
+def nothing_loading() -> Iterator[None]:
+    """Wait until no checkpoint is being loaded by transformers, and let none be loaded meanwhile.
 
-    Asked once and briefly, since transformers would ask for every file, and for half a minute each.
+    For what changes torch in all threads, such as an export: loading would fail, or spoil it. Not to be entered by
+    something that is loading.
     """
+    with _loads:
+        _loads.wait_for(lambda: _n_loads == 0)
+        yield
+
+
+@contextmanager
+def _one_more_loading() -> Iterator[None]:
+    global _n_loads
+    with _loads:
+        _n_loads += 1
+    try:
+        yield
+    finally:
+        with _loads:
+            _n_loads -= 1
+            _loads.notify_all()
+
+
+def _hub_can_be_reached() -> bool:
+    """Ask whether the hub answers, once and briefly: its library would try for every file, for half a minute each."""
     from huggingface_hub import constants, get_session
 
-    if Path(name).is_dir():
-        return False
     try:
         get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
     except Exception as error:  # no network, a proxy that refuses, offline mode: each has its own class
         logger.info("The Hugging Face hub cannot be reached (%s); only what is cached can be loaded", error)
         return False
     return True
+
+
+def _why_not_had(error: Exception) -> str:
+    """Say in words what the hub tells by an HTTP status alone."""
+    from huggingface_hub import errors
+
+    for kind, reason in (
+        (errors.GatedRepoError, "it is gated; accept its conditions there, and set HF_TOKEN to your token"),
+        (errors.RevisionNotFoundError, "it has no such revision"),
+        (errors.RepositoryNotFoundError, "there is none, or it is not for everybody and wants a token (HF_TOKEN)"),
+    ):
+        if isinstance(error, kind):
+            return reason
+    return _first_sentence(error)
 
 
 def _first_sentence(error: Exception) -> str:

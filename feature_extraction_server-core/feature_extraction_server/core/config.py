@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from feature_extraction_server.core.errors import InvalidInput
 
 MAX_NEW_TOKENS = 1024
+DEFAULT_TOP_K = 5
 
 
 class Config(BaseModel):
@@ -82,6 +83,12 @@ class CatalogueConfig(Config):
         if template.count("{}") != 1:
             raise ValueError("it must hold {} once, in the place of a class's name")
         return template
+
+
+class ClassificationConfig(Config):
+    """What a client may ask of a model that tells which of the classes that it knows an image shows."""
+
+    top_k: int = Field(DEFAULT_TOP_K, ge=1)
 
 
 class EmbeddingConfig(Config):

@@ -1,4 +1,4 @@
-"""Embeddings as models of transformers give them: the vectors of an answer, and texts compared with images."""
+"""Embeddings: the vectors of an answer, and how pictures are made fit for a model that looks at their middle."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from feature_extraction_server.core.task import FiniteFloat
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
 
-#: How many texts go through the model at once: a catalogue may hold a thousand.
-TEXTS_A_CALL: Final = 128
-#: Far more than the tokens that a model reads can hold; it saves tokenizing the rest.
-MAX_CHARACTERS: Final = 4096
+#: How many times longer than wide a picture may be.
+LONGEST_FORM: Final = 8
 
 
 class CountedEmbedding(TypedDict):
@@ -50,52 +49,17 @@ def with_token_counts(vectors: list[Any], n_tokens: list[int], config: dict[str,
     return [{"embedding": vector, "tokens": n} for vector, n in zip(vectors, n_tokens, strict=True)]
 
 
-def text_features(model: Any, tokenizer: Any, texts: list[str], **arguments: Any) -> tuple[torch.Tensor, list[int]]:
-    """Return what a model makes of texts, float32 (n_texts, n_dimensions), and how many tokens it read of each.
+def cut_strips(images: list[Image]) -> list[Image]:
+    """Cut pictures that are far longer than wide, or the other way, down to their middle.
 
-    Args:
-        model: one of transformers' models that have ``get_text_features``.
-        tokenizer: the model's.
-        texts: of ``MAX_CHARACTERS`` at most; each is cut off at as many tokens as the model reads.
-        arguments: more arguments of the tokenizer.
+    For image processors that enlarge a picture until its short side fits, which may take gigabytes, and keep the middle
+    square.
     """
-    import torch
-
-    tokens = tokenizer(
-        texts,
-        truncation=True,
-        max_length=model.config.text_config.max_position_embeddings,
-        return_tensors="pt",
-        **({"padding": True} | arguments),
-    )
-    with torch.inference_mode():
-        features = [
-            model.get_text_features(input_ids=input_ids, attention_mask=attention_mask).pooler_output.float()
-            for input_ids, attention_mask in zip(
-                tokens["input_ids"].to(model.device).split(TEXTS_A_CALL),
-                tokens["attention_mask"].to(model.device).split(TEXTS_A_CALL),
-                strict=True,
-            )
-        ]
-        return torch.cat(features), tokens["attention_mask"].sum(dim=1).tolist()
+    return [image if max(image.size) <= LONGEST_FORM * min(image.size) else _middle(image) for image in images]
 
 
-def embed_texts(
-    model: Any, tokenizer: Any, classes: list[str], config: dict[str, Any], **arguments: Any
-) -> torch.Tensor:
-    """Return the embeddings of classes' names, float32 (n_classes, n_dimensions), L2-normalised.
-
-    Args:
-        model: one of transformers' models that have ``get_text_features``.
-        tokenizer: the model's.
-        classes: the names; each is cut off at as many tokens as the model reads.
-        config: the request's, as ``CatalogueConfig`` checked it.
-        arguments: more arguments of the tokenizer.
-    """
-    import torch
-
-    template = config.get("template", "{}")
-    sentences = [template.replace("{}", name[:MAX_CHARACTERS]) for name in classes]
-    features, _ = text_features(model, tokenizer, sentences, **arguments)
-    with torch.inference_mode():
-        return torch.nn.functional.normalize(features)
+def _middle(image: Image) -> Image:
+    longest = LONGEST_FORM * min(image.size)
+    width, height = min(image.width, longest), min(image.height, longest)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))

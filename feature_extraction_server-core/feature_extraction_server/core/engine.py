@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -15,7 +15,9 @@ from feature_extraction_server.core.jobs import Call, Job
 from feature_extraction_server.core.logs import LogServer
 from feature_extraction_server.core.model import Model, State
 from feature_extraction_server.core.plugins import Registry
+from feature_extraction_server.core.result_cache import ResultCache
 from feature_extraction_server.core.server_settings import ServerSettings
+from feature_extraction_server.core.tracking import current
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +29,7 @@ class Engine(ApplicationInterface):
         super().__init__(registry, settings)
         self._max_loaded = settings.max_loaded_models.get()
         self._starting = threading.Lock()  # one model starts at a time where MAX_LOADED_MODELS is set
+        self._cache = ResultCache(settings.result_cache_bytes.get())
         self._models: dict[str, Model] = {}
         for name, module in registry.models.items():
             consumer_type = settings.consumer_type(name)
@@ -44,6 +47,22 @@ class Engine(ApplicationInterface):
         finally:
             if job.request is not None:
                 job.request.add(job.times())
+                job.request.answer_origin = job.origin
+
+    def recall(
+        self, model: str, keys: Sequence[bytes], deadline: float, is_wanted: Callable[[], bool]
+    ) -> list[bytes | None]:
+        origin = self._models[model].origin_in_use()
+        if (record := current.get()) is not None:
+            record.answer_origin = origin
+        if origin is None:
+            self._cache.count_misses(model, len(keys))
+            return [None] * len(keys)
+        return self._cache.look_up(model, [origin.identity + key for key in keys])
+
+    def remember(self, model: str, identity: bytes, answers: dict[bytes, bytes]) -> None:
+        for key, answer in answers.items():
+            self._cache.keep(model, identity + key, answer)
 
     def start(self, model: str, *, wait: bool = False) -> None:
         if not self._max_loaded or self._model(model).is_active:
@@ -73,7 +92,10 @@ class Engine(ApplicationInterface):
         return self._model(model).status()
 
     def overview(self, timeout_s: float) -> list[dict[str, Any]]:
-        return [model.overview() for model in self._models.values()]
+        told = [model.overview() for model in self._models.values()]
+        if not self._caches:
+            return told
+        return [overview | {"cache": self._cache.told(overview["model"])} for overview in told]
 
     def preload(self) -> None:
         """Start the models that PRELOAD_MODELS names, but those whose plugin is left out."""

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -32,7 +32,7 @@ from feature_extraction_server.core.errors import ClientDisconnected, DeadlineEx
 from feature_extraction_server.core.jobs import Call
 from feature_extraction_server.core.plugins import Registry
 from feature_extraction_server.core.server_settings import ServerSettings
-from feature_extraction_server.core.tracking import Times, current
+from feature_extraction_server.core.tracking import Origin, Times, current
 from feature_extraction_server.core.wire import Channel, connect
 
 logger = logging.getLogger(__name__)
@@ -42,6 +42,9 @@ START_TIMEOUT_S: Final = 60.0
 MAX_RESTART_DELAY_S: Final = 30.0
 # The engine keeps deadlines itself; the client steps in only where the engine cannot, its GIL being held, say.
 DEADLINE_MARGIN_S: Final = 0.05
+
+#: Whether the engine's function succeeded, its result or its error, ``Times`` and, where it is wanted, ``Origin``.
+Answer = tuple[bool, Any, tuple[float, float, int, int] | None, tuple[bytes, dict[str, str | None]] | None]
 
 
 class EngineClient(ApplicationInterface):
@@ -67,6 +70,15 @@ class EngineClient(ApplicationInterface):
     def call(self, model: str, call: Call, deadline: float, is_wanted: Callable[[], bool]) -> Any:
         return self._ask(("call", model, tuple(call), deadline), deadline, is_wanted)
 
+    def recall(
+        self, model: str, keys: Sequence[bytes], deadline: float, is_wanted: Callable[[], bool]
+    ) -> list[bytes | None]:
+        found: list[bytes | None] = self._ask(("recall", model, keys), deadline, is_wanted)
+        return found
+
+    def remember(self, model: str, identity: bytes, answers: dict[bytes, bytes]) -> None:
+        self._ask(("remember", model, identity, answers))
+
     def start(self, model: str, *, wait: bool = False) -> None:
         self.require_model(model)
         self._ask(("start", model, wait))
@@ -89,10 +101,10 @@ class EngineClient(ApplicationInterface):
         except OSError:
             raise ModelUnavailable("the engine process, which runs the models, does not run") from None
         try:
-            connection.send((None, "overview", ""), timeout_s)
+            connection.send((None, False, "overview", ""), timeout_s)
             if not connection.wait_for_news(max(0, give_up_at - time.monotonic())):
                 raise DeadlineExceeded("the engine process, which runs the models, does not answer")
-            succeeded, answer, _ = connection.receive()
+            succeeded, answer, *_ = connection.receive()
         except TimeoutError:
             raise DeadlineExceeded("the engine process, which runs the models, does not answer") from None
         except (OSError, EOFError):
@@ -148,14 +160,15 @@ class EngineClient(ApplicationInterface):
             deadline = time.monotonic() + self.settings.request_timeout.get()
         give_up_at = deadline + DEADLINE_MARGIN_S
         record = current.get()
+        who = (None, False) if record is None else (record.id, record.wants_origin)
         try:
-            connection = self._send((record and record.id, *request), give_up_at)
+            connection = self._send((*who, *request), give_up_at)
         except TimeoutError:
             raise self._too_late() from None
         except OSError as error:  # out of file descriptors, say
             raise ModelUnavailable(f"the engine process cannot be reached: {error.strerror}", retry_after=1) from None
         try:
-            succeeded, answer, times = self._receive(connection, give_up_at, is_wanted)
+            succeeded, answer, times, origin = self._receive(connection, give_up_at, is_wanted)
         except TimeoutError:
             connection.close()
             raise self._too_late() from None
@@ -171,6 +184,8 @@ class EngineClient(ApplicationInterface):
         self._idle.append(connection)
         if record is not None and times is not None:
             record.add(Times(*times))
+        if record is not None and origin is not None:
+            record.answer_origin = Origin(*origin)
         if not succeeded:
             raise answer
         return answer
@@ -200,15 +215,13 @@ class EngineClient(ApplicationInterface):
                 connection.close()
                 raise
 
-    def _receive(
-        self, connection: Channel, give_up_at: float, is_wanted: Callable[[], bool]
-    ) -> tuple[bool, Any, tuple[float, float, int, int] | None]:
+    def _receive(self, connection: Channel, give_up_at: float, is_wanted: Callable[[], bool]) -> Answer:
         while True:
             remaining = give_up_at - time.monotonic()
             try:
                 if remaining < self._check_interval_s and not connection.wait_for_news(max(0, remaining)):
                     raise TimeoutError
-                answer: tuple[bool, Any, tuple[float, float, int, int] | None] = connection.receive()
+                answer: Answer = connection.receive()
                 return answer
             except TimeoutError:
                 if time.monotonic() >= give_up_at:

@@ -80,11 +80,13 @@ def _serve(connection: Channel, engine: Engine, ending: threading.Event) -> None
             if request == (None, "shutdown"):
                 ending.set()
                 threading.Event().wait()  # the process's end closes the connection, which tells the client
-            id, *asked = request
+            id, wants_origin, *asked = request
             record = RequestRecord(id) if id else None
             current.set(record)
             succeeded, answer = _answer(engine, connection, *asked)
-            send_answer(connection, (succeeded, answer, record and record.times and tuple(record.times)))
+            times = record and record.times and tuple(record.times)
+            origin = record and wants_origin and record.answer_origin and tuple(record.answer_origin)
+            send_answer(connection, (succeeded, answer, times, origin or None))
 
 
 def _answer(engine: Engine, connection: Channel, method: str, model: str, *arguments: Any) -> tuple[bool, Any]:
@@ -93,6 +95,13 @@ def _answer(engine: Engine, connection: Channel, method: str, model: str, *argum
             call, deadline = arguments
             # A web worker that waits has nothing more to say: news are that it, or its client, has gone.
             return True, engine.call(model, Call(*call), deadline, lambda: not connection.wait_for_news(0))
+        if method == "recall":
+            (keys,) = arguments
+            return True, engine.recall(model, keys, 0.0, lambda: True)
+        if method == "remember":
+            identity, answers = arguments
+            engine.remember(model, identity, answers)
+            return True, None
         if method == "status":
             return True, engine.status(model)
         if method == "overview":

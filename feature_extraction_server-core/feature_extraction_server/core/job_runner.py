@@ -18,7 +18,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from contextvars import copy_context
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -426,7 +425,11 @@ class JobRunner:
                     n_done += len(results[number])
                     run.store.tell_progress(job, n_done)
 
-        helper = threading.Thread(target=copy_context().run, args=(run_pieces,), name=f"job-{job.id}", daemon=True)
+        def help_out() -> None:
+            current.set(RequestRecord(job.id))  # one of its own, since a record is one thread's
+            run_pieces()
+
+        helper = threading.Thread(target=help_out, name=f"job-{job.id}", daemon=True)
         helper.start()
         run_pieces()
         helper.join()

@@ -22,7 +22,7 @@ from typing import Any, Final, NamedTuple
 from feature_extraction_server.core import torch_threads
 from feature_extraction_server.core.errors import ModelError, ServerError
 from feature_extraction_server.core.task import batch_key
-from feature_extraction_server.core.tracking import RequestRecord, Times, current
+from feature_extraction_server.core.tracking import Origin, RequestRecord, Times, current
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +57,7 @@ class Job:
         self.n_items = len(next(iter(self.batched.values()))) if self.batched else 1
         self.n_taken = 0
         self.request = current.get()
+        self.origin: Origin | None = None  # where its results come from
         self._queued = time.monotonic()
         self._began: float | None = None
         self._ended: float | None = None
@@ -158,6 +159,7 @@ class Batch:
     Args:
         measure: takes what a call did: the task, how many items it had, for how many seconds jobs had waited that
             it was the first call for, and how many seconds it took.
+        origin: where the results come from.
     """
 
     def __init__(
@@ -166,11 +168,13 @@ class Batch:
         module: Any,
         pieces: list[Piece],
         measure: Callable[[str, int, list[float], float], None] = lambda *measured: None,
+        origin: Origin | None = None,
     ) -> None:
         self.module = module  # whatever has the model's functions as attributes
         self.pieces = pieces
         self._model = model
         self._measure = measure
+        self._origin = origin
 
     @property
     def abandoned(self) -> bool:
@@ -238,6 +242,7 @@ class Batch:
             ended = time.monotonic()
             for piece in pieces:
                 piece.job.pause(ended)
+                piece.job.origin = self._origin
             self._measure(first.task, n_items, waits, ended - began)
 
 

@@ -104,7 +104,12 @@ def _data_of_url(url: str, field: str) -> str:
     return urllib.parse.unquote(data, errors="strict") if "%" in data else data
 
 
-def _file_of(source: str | bytes, field: str) -> bytes:
+def file_of(source: str | bytes, field: str) -> bytes:
+    """Return a file's bytes, of which there must be some; ``source`` may be its base64.
+
+    Raises:
+        InvalidInput: it is empty or not base64; the error names ``field``.
+    """
     if isinstance(source, str):
         return decode_base64(source, field)
     if not source:
@@ -125,7 +130,7 @@ def decode_image(source: str | bytes, field: str, max_pixels: int, draft_size: i
         InvalidInput: not base64, not a picture, or a damaged one; the error names ``field``.
         TooLarge: more than ``max_pixels`` pixels (found out before decoding).
     """
-    data = _file_of(source, field)
+    data = file_of(source, field)
     with _decoding():
         return _decode_image(data, field, max_pixels, draft_size)
 
@@ -196,7 +201,7 @@ def decode_audio(source: str | bytes, field: str, max_seconds: float) -> Audio:
     """
     import soundfile
 
-    data = _file_of(source, field)
+    data = file_of(source, field)
     try:
         with _decoding(), soundfile.SoundFile(io.BytesIO(data)) as file:
             samples = _read_mono(file, field, max_seconds)

@@ -28,8 +28,10 @@ from feature_extraction_server.core.errors import (
 from feature_extraction_server.core.jobs import Batch, Job, JobQueue
 from feature_extraction_server.core.logs import LogServer
 from feature_extraction_server.core.memory import give_back_memory
-from feature_extraction_server.core.resources import device_of, resident_bytes
-from feature_extraction_server.core.tracking import TaskMeasurements
+from feature_extraction_server.core.progress import Download, report
+from feature_extraction_server.core.provenance import origin_of, provenance_of
+from feature_extraction_server.core.resources import resident_bytes
+from feature_extraction_server.core.tracking import Origin, TaskMeasurements
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +45,7 @@ class State(StrEnum):
     FAILED = "failed"
 
 
+_STARTING: Final = (State.STARTING, State.LOADING)
 _ON_ITS_WAY: Final = (State.STARTING, State.LOADING, State.RUNNING)
 
 
@@ -82,7 +85,8 @@ class ModelRun:
         # Accepted and not yet answered, the ones in a batch included.
         self.jobs: Final[set[Job]] = {job for job in queue if not job.ended}
         self.pids: Callable[[], list[int]] = lambda: [os.getpid()]  # where the model lives
-        self.device: str | None = None
+        self.origin: Origin | None = None  # of its answers; known once it is loaded
+        self.download: Download | None = None  # what is on its way, while the model loads
         self.loaded = False
         self.ended = False
         self.handle: ConsumerHandle | None = None
@@ -103,20 +107,31 @@ class ModelRun:
         self._globals_before = dict(vars(module))
         started = time.monotonic()
         failure = None
+        reports = report.set(self._take_report)
         try:
             module.load_model()
         except BaseException as error:  # SystemExit too: a model that fails to load must not take the consumer along
             logger.exception("The model %s failed to load", self.name)
             failure = f"the model {self.name} failed to load: {_describe(error)}"
+        finally:
+            report.reset(reports)
         if failure is None:
             self.loaded = True
-            self.device = device_of(module)
+            self.origin = origin_of(self.name, provenance_of(module))
             self._model._load_succeeded(self, time.monotonic() - started)
         else:
             # Only now has the traceback let go of what was loaded so far.
             self._drop_globals()
             give_back_memory()
             self._model._load_failed(self, failure)
+
+    def progress(self) -> dict[str, Any]:
+        """Return how far the model's start has come: what it is at, and how much of a download is done."""
+        download = self.download
+        return {"stage": "loading", "bytes_done": None, "bytes_total": None} if download is None else download.told()
+
+    def _take_report(self, download: Download | None) -> None:
+        self.download = download
 
     def fetch_jobs(self) -> Iterator[Batch]:
         """Yield what is to be run next; block while there is nothing. Ends when the model is stopped."""
@@ -305,9 +320,11 @@ class Model:
     def status(self) -> dict[str, Any]:
         """Return the model's state as a JSON-ready dict.
 
-        ``state_seconds`` is how long it has been in its state, ``load_seconds`` how long its last load took, ``pids``
-        the processes it runs in, ``memory_bytes`` what these hold (other models of theirs included), ``engine_pid`` the
-        one that has its queue. ``counts`` are since the engine's start; a failure is a job answered with a 5xx.
+        ``state_seconds`` is how long it has been in its state, ``progress`` how far its start has come (None when it is
+        not starting), ``load_seconds`` how long its last load took, ``pids`` the processes it runs in, ``memory_bytes``
+        what these hold (other models of theirs included), ``engine_pid`` the one that has its queue, ``provenance``
+        where its answers come from (None unless it is loaded). ``counts`` are since the engine's start; a failure is a
+        job answered with a 5xx.
         """
         self.notice_dead_consumer()
         with self._changed:
@@ -315,16 +332,19 @@ class Model:
             n_waiting = len(self._run.queue) if self._run else 0
             n_accepted = len(self._run.jobs) if self._run else 0
             pids = run.pids() if run else []
+            provenance = run.origin.provenance if run and run.origin else None
             return {
                 "model": self.name,
                 "state": str(self._state),
                 "state_seconds": round(time.monotonic() - self._state_since, 3),
                 "error": self._error,
+                "progress": run.progress() if run and self._state in _STARTING else None,
                 "queue_depth": n_waiting + len(self._next_queue),
                 "running_jobs": max(0, n_accepted - n_waiting),
                 "consumer_type": self.consumer_type,
                 "load_seconds": self._load_seconds,
-                "device": run.device if run else None,
+                "device": provenance and provenance["device"],
+                "provenance": provenance,
                 "memory_bytes": resident_bytes(pids),
                 "counts": {
                     "loads": self._n_loads,
@@ -351,6 +371,14 @@ class Model:
     def is_active(self) -> bool:
         """Whether the model is loaded, is about to be, or is not yet unloaded."""
         return self._state not in (State.STOPPED, State.FAILED)
+
+    def origin_in_use(self) -> Origin | None:
+        """Return where the model's answers come from, and take note that it is used; None unless it runs."""
+        with self._changed:
+            if self._state is not State.RUNNING:
+                return None
+            self._last_used = time.monotonic()
+            return self._current_run().origin
 
     @property
     def idle_since(self) -> float | None:
@@ -409,7 +437,7 @@ class Model:
         with self._changed:
             while not run.ended:
                 if pieces := run.queue.take(self.options.max_batch_size):
-                    return Batch(self.name, run.module, pieces, self._measure)
+                    return Batch(self.name, run.module, pieces, self._measure, run.origin)
                 if all(job.ended for job in run.jobs):
                     if self._state is State.RUNNING and self._idle_seconds_left() <= 0:
                         self._set_state(State.STOPPING)
@@ -440,7 +468,7 @@ class Model:
     def _run_ended(self, run: ModelRun, reason: str) -> None:
         message = f"the model {self.name} is not available: {reason}"
         with self._changed:
-            while_loading = self._state in (State.STARTING, State.LOADING)
+            while_loading = self._state in _STARTING
             jobs, run_next = self._leave(run, message)
             if while_loading:
                 self._retry_at = time.monotonic() + self.options.load_retry_delay

@@ -24,7 +24,8 @@ from feature_extraction_server.core import subprocesses, torch_threads
 from feature_extraction_server.core.checkpoints import REPLICA_VARIABLE
 from feature_extraction_server.core.errors import ModelError, ModelLoadFailed, ModelUnavailable, ServerError
 from feature_extraction_server.core.plugins import NAMESPACE
-from feature_extraction_server.core.resources import device_of
+from feature_extraction_server.core.progress import report
+from feature_extraction_server.core.provenance import provenance_of
 from feature_extraction_server.core.settings import SettingsManager
 from feature_extraction_server.core.setup import set_up
 from feature_extraction_server.core.tracking import RequestRecord, current
@@ -50,7 +51,7 @@ class ModelProcess:
 
     def __init__(self, model: str, replica: int, check_interval_s: float) -> None:
         self.is_wanted: Callable[[], bool] = lambda: True
-        self.device: str | None = None
+        self.provenance: dict[str, str | None] | None = None  # known once it is loaded
         self._model = model
         self._replica = replica
         self._check_interval_s = check_interval_s
@@ -85,10 +86,18 @@ class ModelProcess:
         if self._process is None:
             self.spawn()
         try:
-            self.device = self._call("load_model")
+            self._note(self._call("load_model"))
         except BaseException:
             self.unload_model()
             raise
+
+    def _note(self, provenance: dict[str, str | None]) -> None:
+        """Note where the process's answers come from; those of one that replaces it must come from there, too."""
+        if self.provenance not in (None, provenance):
+            raise ModelLoadFailed(
+                f"what was loaded is not what the process before had: {provenance}, not {self.provenance}"
+            )
+        self.provenance = provenance
 
     def unload_model(self) -> None:
         """Have the process unload the model and end; kill it if it takes longer than ``END_TIMEOUT_S``."""
@@ -130,16 +139,22 @@ class ModelProcess:
         try:
             record = current.get()
             self._channel.send((function, positional, arguments, torch_threads.share(), record and record.id))
-            while not self._channel.wait_for_news(self._check_interval_s):
-                if not self.is_wanted():
-                    logger.error("Nobody waits for the model %s any more; its process is killed", self._model)
-                    self._kill()
-            succeeded, answer = self._channel.receive()
+            while (reply := self._wait_for_reply(self._channel))[0] is None:
+                report.get()(reply[1])
+            succeeded, answer = reply
         except (OSError, EOFError):
             raise ModelUnavailable(f"the process of the model {self._model} died ({self._how_it_died()})") from None
         if not succeeded:
             raise answer
         return answer
+
+    def _wait_for_reply(self, channel: Channel) -> Any:
+        """Return whether a call succeeded, and its answer; or None and news of a download that a load waits for."""
+        while not channel.wait_for_news(self._check_interval_s):
+            if not self.is_wanted():
+                logger.error("Nobody waits for the model %s any more; its process is killed", self._model)
+                self._kill()
+        return channel.receive()
 
     def _kill(self) -> None:
         assert self._process is not None
@@ -163,6 +178,7 @@ def main(file_descriptor: int, model: str) -> None:
     channel = Channel(socket.socket(fileno=file_descriptor))
     set_up(SettingsManager(), kinds=subprocesses.KINDS)
     module = importlib.import_module(f"{NAMESPACE}.models.{model}")
+    report.set(lambda download: channel.send((None, download)))
     try:
         while True:
             function, positional, arguments, n_threads, id = channel.receive()
@@ -170,7 +186,7 @@ def main(file_descriptor: int, model: str) -> None:
             current.set(RequestRecord(id) if id else None)
             answer = _run(model, getattr(module, function), positional, arguments)
             if function == "load_model" and answer[0]:
-                answer = True, device_of(module)
+                answer = True, provenance_of(module)
             del positional, arguments  # an idle model holds on to no client's images
             send_answer(channel, answer)
     except (EOFError, OSError):

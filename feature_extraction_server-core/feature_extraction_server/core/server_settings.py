@@ -98,6 +98,14 @@ class ServerSettings:
             minimum=1,
             description="Bytes that the body of a request may have",
         )
+        self.result_cache_bytes: Setting[int] = add(
+            name="RESULT_CACHE_BYTES",
+            type=int,
+            default=0,
+            minimum=0,
+            description="Bytes of answers that are kept in memory, to answer the same input once more without the "
+            "model; 0 means none",
+        )
         self.access_log: Setting[bool] = add(
             name="ACCESS_LOG", type=bool, default=False, description="Whether every request is logged"
         )

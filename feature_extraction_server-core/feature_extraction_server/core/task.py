@@ -17,10 +17,11 @@ a list of them in batch mode.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Annotated, Any, ClassVar, Final
+from functools import cached_property, partial
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final
 
 from pydantic import Field as PydanticField
 from pydantic import TypeAdapter, ValidationError
@@ -28,6 +29,9 @@ from pydantic import TypeAdapter, ValidationError
 from feature_extraction_server.core import media
 from feature_extraction_server.core.errors import InvalidInput, ModelError, TooLarge
 from feature_extraction_server.core.url_fetch import UrlFetcher, is_url
+
+if TYPE_CHECKING:
+    from feature_extraction_server.core.result_cache import CachedRequest
 
 FiniteFloat = Annotated[float, PydanticField(allow_inf_nan=False)]
 Probability = Annotated[float, PydanticField(ge=0, le=1)]
@@ -86,6 +90,14 @@ class InputField:
         """
         self.decode(value, field, limits)
 
+    def content(self, value: Any, field: str) -> bytes:
+        """Return what a value of a batch field is, however it was sent; equal ones are decoded to the same.
+
+        Raises:
+            InvalidInput: ``decode`` would raise it, too.
+        """
+        return json.dumps(value, sort_keys=True).encode()
+
 
 class TextField(InputField):
     """A text; the model receives a ``str``."""
@@ -104,6 +116,9 @@ class MediaField(InputField):
 
     def check(self, value: Any, field: str, limits: Limits) -> None:
         _file(value, field)
+
+    def content(self, value: Any, field: str) -> bytes:
+        return media.file_of(_file(value, field), field)
 
 
 class ImageField(MediaField):
@@ -215,19 +230,28 @@ class TaskSpec:
     def wrap(self, func: Callable[..., list[Any]]) -> Callable[..., Any]:
         """Turn a model's batch function into the task's public function.
 
-        ``func`` may carry an attribute ``limits``. The public function raises InvalidInput or TooLarge for what the
-        client got wrong, ModelError where ``func`` broke the task's contract, and whatever ``func`` raises.
+        ``func`` may carry attributes ``limits`` and ``cached`` (a ``CachedRequest``). The public function raises
+        InvalidInput or TooLarge for what the client got wrong, ModelError where ``func`` broke the task's contract, and
+        whatever ``func`` raises.
         """
         limits = getattr(func, "limits", Limits())
+        cached: CachedRequest | None = getattr(func, "cached", None)
+
+        def compute(payload: Mapping[str, Any], places: Sequence[int] | None = None) -> list[Any]:
+            arguments = self._decode(payload, limits, places)
+            n_items = len(arguments[self.batch_fields[0]])
+            return self._finish(func(**arguments), arguments, n_items) if n_items else []
 
         def run(**payload: Any) -> Any:
             self._check_keys(payload)
-            arguments = self._decode(payload, limits)
-            if not is_batch(self, payload):
-                (result,) = self._finish(func(**arguments), arguments, 1)
-                return result
-            n_items = len(arguments[self.batch_fields[0]])
-            return self._finish(func(**arguments), arguments, n_items) if n_items else []
+            if cached is None:
+                results = compute(payload)
+            else:
+                self._count_items(payload, limits)
+                payload = dict(self._with_files(payload, limits))
+                keys = self._keys(func.__name__, payload, limits)
+                results = cached.complete(keys, partial(compute, payload))
+            return results if is_batch(self, payload) else results[0]
 
         return run
 
@@ -278,9 +302,35 @@ class TaskSpec:
             if field.required and payload.get(key) is None:
                 raise InvalidInput(f"the key {key!r} is missing: {field.description}", field=key)
 
-    def _decode(self, payload: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
-        """Decode every field; batch fields become lists of one length (a single value stands for all items)."""
+    def _keys(self, name: str, payload: Mapping[str, Any], limits: Limits) -> list[bytes]:
+        """Return for each item a digest of all that its result depends on, but the model; files are there as bytes."""
         n_items = self._count_items(payload, limits)
+        rest = [key for key in self.inputs if key not in self.batch_fields]
+        shared = {
+            key: self.inputs[key].decode(payload.get(key), key, limits)
+            for key in rest
+            if payload.get(key) is not None or isinstance(self.inputs[key], ConfigField)
+        }
+        hashes = [blake2b(batch_key({"task": name, "shared": shared}).encode(), digest_size=32) for _ in range(n_items)]
+        for key in self.batch_fields:
+            value, field = payload.get(key), self.inputs[key]
+            one = None if isinstance(value, list) or value is None else field.content(value, key)
+            for place, digest in enumerate(hashes):
+                content = field.content(value[place], f"{key}[{place}]") if isinstance(value, list) else one
+                digest.update(b"-" if content is None else b"+%d:" % len(content))
+                digest.update(content or b"")
+        return [digest.digest() for digest in hashes]
+
+    def _decode(
+        self, payload: Mapping[str, Any], limits: Limits, places: Sequence[int] | None = None
+    ) -> dict[str, Any]:
+        """Decode every field; batch fields become lists of one length (a single value stands for all items).
+
+        Args:
+            places: of which items; None: of all.
+        """
+        if places is None:
+            places = range(self._count_items(payload, limits))
         payload = self._with_files(payload, limits)
         arguments: dict[str, Any] = {}
         for key, field in self.inputs.items():
@@ -290,9 +340,9 @@ class TaskSpec:
             if not field.batch:
                 arguments[key] = field.decode(value, key, limits)
             elif isinstance(value, list):
-                arguments[key] = [field.decode(item, f"{key}[{i}]", limits) for i, item in enumerate(value)]
+                arguments[key] = [field.decode(value[i], f"{key}[{i}]", limits) for i in places]
             else:
-                arguments[key] = [field.decode(value, key, limits)] * n_items
+                arguments[key] = [field.decode(value, key, limits)] * len(places)
         return arguments
 
     def _with_files(self, payload: Mapping[str, Any], limits: Limits) -> Mapping[str, Any]:

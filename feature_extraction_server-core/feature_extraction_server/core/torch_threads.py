@@ -9,11 +9,15 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from typing import Final
+from typing import Final, TypeVar
 
 from feature_extraction_server.core.cores import N_CORES
+
+_Part = TypeVar("_Part")
+_Result = TypeVar("_Result")
 
 _lock: Final = threading.Lock()
 _n_at_work = 0
@@ -46,3 +50,32 @@ def use(n_threads: int) -> None:
     with suppress(AttributeError):  # nobody has it, or another thread is still importing it
         if torch.get_num_threads() != n_threads:  # type: ignore[union-attr]
             torch.set_num_threads(n_threads)  # type: ignore[union-attr]
+
+
+def split(items: Sequence[_Part]) -> list[Sequence[_Part]]:
+    """Return a batch's items in even parts, one a core, or all in one where some of the cores would have to wait."""
+    n_cores = share()
+    if len(items) % n_cores and len(items) < 4 * n_cores:
+        return [items]
+    size = -(-len(items) // n_cores)
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def in_parallel(function: Callable[[_Part], _Result], parts: Sequence[_Part]) -> list[_Result]:
+    """Return what a function makes of each part, in order, where each core computes one part after the other.
+
+    For models on the CPU. Cores that compute one part together wait for each other at each of its steps, the small ones
+    included, and all the longer when one of them has something else to do meanwhile.
+
+    Args:
+        function: computes with torch, under a ``torch.inference_mode()`` of its own; called by several threads at once.
+        parts: about equally much to do, or the longest first.
+
+    Raises:
+        Exception: what the function raises.
+    """
+    n_threads = min(share(), len(parts))
+    if n_threads < 2:
+        return [function(part) for part in parts]
+    with ThreadPoolExecutor(n_threads, "torch", initializer=use, initargs=(1,)) as pool:
+        return list(pool.map(function, parts))

@@ -34,6 +34,18 @@ class Times(NamedTuple):
     batch_items: int
 
 
+class Origin(NamedTuple):
+    """Where an answer comes from.
+
+    Args:
+        identity: the same for answers that may stand for one another; of a model and what it has loaded.
+        provenance: ``checkpoint``, ``revision``, ``dtype`` and ``device``, as far as they are known.
+    """
+
+    identity: bytes
+    provenance: dict[str, str | None]
+
+
 class RequestRecord:
     """A request. For one thread at a time.
 
@@ -41,11 +53,14 @@ class RequestRecord:
         origin: the page that it comes from, as its browser says.
     """
 
-    __slots__ = ("began", "id", "model", "origin", "task", "times")
+    __slots__ = ("answer_origin", "began", "cache_status", "id", "model", "origin", "task", "times", "wants_origin")
 
     def __init__(self, id: str, origin: str | None = None) -> None:
         self.id = id
         self.origin = origin
+        self.wants_origin = False  # whether the engine is to tell where the answer comes from
+        self.answer_origin: Origin | None = None
+        self.cache_status: str | None = None  # as HTTP's header Cache-Status has it; None: no cache was asked
         self.began = time.monotonic()
         self.task: str | None = None
         self.model: str | None = None

@@ -120,7 +120,7 @@ class Channel:
 
     def wait_for_news(self, timeout_s: float) -> bool:
         """Wait until there is a message, or the other end has gone, or the time is up; tell whether there are news."""
-        return bool(self._poll.poll(1000 * timeout_s))
+        return bool(self._unread or self._poll.poll(1000 * timeout_s))
 
     def close(self) -> None:
         self._socket.close()

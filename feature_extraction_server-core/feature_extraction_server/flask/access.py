@@ -18,7 +18,7 @@ from feature_extraction_server.core.server_settings import ServerSettings
 HEALTH: Final = "/health/"
 ANY_ORIGIN: Final = "*"
 _SAFE_METHODS: Final = frozenset(("GET", "HEAD", "OPTIONS"))
-_EXPOSED_HEADERS: Final = "X-Request-ID, Server-Timing, Retry-After, Location"
+_EXPOSED_HEADERS: Final = "X-Request-ID, Server-Timing, Retry-After, Location, Cache-Status, Preference-Applied"
 _PREFLIGHT_SECONDS: Final = 600
 _MAX_BUCKETS: Final = 10_000
 

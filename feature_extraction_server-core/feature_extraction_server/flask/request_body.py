@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Final, NamedTuple
 
 from flask import request
@@ -31,8 +31,11 @@ _CHUNK_BYTES: Final = 1 << 16
 _TOO_DEEP: Final = f"nested too deeply; at most {MAX_NESTING} levels are allowed"
 
 
-def read_task_input(application: ApplicationInterface, task: str) -> dict[str, Any]:
+def read_task_input(application: ApplicationInterface, task: str, *, reserved: Collection[str] = ()) -> dict[str, Any]:
     """Return the current request's body as a task's input, by key.
+
+    Args:
+        reserved: parameters of the query that are the route's own, not the task's input.
 
     Raises:
         UnsupportedMediaType: the body is of a type that the task does not take.
@@ -41,7 +44,7 @@ def read_task_input(application: ApplicationInterface, task: str) -> dict[str, A
     """
     if request.is_json:
         return read_json_object()
-    return read_form(application, task).to_input(task, application.registry.spec(task))
+    return read_form(application, task, reserved=reserved).to_input(task, application.registry.spec(task))
 
 
 def read_json_object() -> dict[str, Any]:
@@ -63,8 +66,11 @@ def read_json_object() -> dict[str, Any]:
     return body
 
 
-def read_form(application: ApplicationInterface, task: str | None = None) -> Form:
+def read_form(application: ApplicationInterface, task: str | None = None, *, reserved: Collection[str] = ()) -> Form:
     """Return the current request's multipart form or single file, which may be for a task that is not known yet.
+
+    Args:
+        reserved: as for ``read_task_input``.
 
     Raises:
         UnsupportedMediaType: it is neither, or a file of a kind that the task does not take.
@@ -82,7 +88,7 @@ def read_form(application: ApplicationInterface, task: str | None = None) -> For
     if not kind or medium not in media:
         raise _not_taken(task, media)
     for name, values in request.args.lists():
-        for value in values:
+        for value in () if name in reserved else values:
             form.add(name, Part(value.encode(), "text"))
     form.medium, form.file = medium, read_body()
     return form

@@ -23,7 +23,7 @@ Wsgi = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 def with_request_log(app: Wsgi, *, log_access: bool, trace: Trace | None) -> Wsgi:
     """Return ``app`` with an id for each request, and the headers ``X-Request-ID`` and, where a model ran,
-    ``Server-Timing`` in its answer.
+    ``Server-Timing`` and, where answers are kept, ``Cache-Status`` in its answer.
 
     Args:
         log_access: whether each request is logged, too.
@@ -39,6 +39,8 @@ def with_request_log(app: Wsgi, *, log_access: bool, trace: Trace | None) -> Wsg
             if (times := record.times) is not None:
                 queued, computed = 1000 * times.queued_s, 1000 * times.computed_s
                 headers.append(("Server-Timing", f"queue;dur={queued:.3f}, compute;dur={computed:.3f}"))
+            if record.cache_status is not None:
+                headers.append(("Cache-Status", record.cache_status))
             if log_access:
                 _log(record, environ, status)
             if trace is not None:

@@ -1,5 +1,6 @@
 """The base API: tasks, models and features below ``/api``."""
 
+from functools import partial
 from typing import Any
 
 from flask import Flask, Response, jsonify
@@ -7,12 +8,14 @@ from flask import Flask, Response, jsonify
 from feature_extraction_server.core.application import ApplicationInterface
 from feature_extraction_server.core.describe import describe_model, describe_task, task_description
 from feature_extraction_server.flask.app import client_waits
+from feature_extraction_server.flask.meta import PARAMETER, PREFERENCE, wants_meta, with_meta
 from feature_extraction_server.flask.openapi import (
     RUN_ERRORS,
     JsonObject,
     json_response,
     model_parameter,
     operation,
+    query_parameter,
     task_answer,
     task_body,
     task_parameter,
@@ -28,8 +31,10 @@ def add_routes(application_interface: ApplicationInterface, flask_app: Flask) ->
 
     def features(task: str, model: str | None = None) -> Response:
         application_interface.resolve(task, model)  # an unknown name is told before the body is read
-        payload = read_task_input(application_interface, task)
-        return jsonify(application_interface.run(task, model, payload, is_wanted=client_waits()))
+        asks_for_meta = wants_meta()
+        payload = read_task_input(application_interface, task, reserved=(PARAMETER,))
+        run = partial(application_interface.run, task, model, payload, is_wanted=client_waits())
+        return with_meta(application_interface, run) if asks_for_meta else jsonify(run())
 
     def start(model: str) -> dict[str, str]:
         application_interface.start(model)
@@ -142,9 +147,9 @@ def _features(application: ApplicationInterface, task: str) -> dict[str, Any]:
                 task_description(application.registry, task).partition("\n")[0],
                 tag=task,
                 operation_id=f"base_api_{task}{by}",
-                answer=task_answer(application, task),
+                answer=_features_answer(application, task),
                 errors=RUN_ERRORS,
-                parameters=parameters,
+                parameters=[*parameters, _META_PARAMETER, _PREFER],
                 body=task_body(application, task),
             )
         }
@@ -157,6 +162,14 @@ def _features(application: ApplicationInterface, task: str) -> dict[str, Any]:
     }
 
 
+def _features_answer(application: ApplicationInterface, task: str) -> JsonObject:
+    """Return the response object of a task's bare result or, where the client asks for it, of one with its origin."""
+    answer = task_answer(application, task)
+    content = answer["content"]["application/json"]
+    content["schema"] = {"anyOf": [content["schema"], _object({"result": content["schema"], "meta": _META})]}
+    return answer | {"headers": _FEATURES_HEADERS}
+
+
 def _object(properties: JsonObject, *, optional: tuple[str, ...] = ()) -> JsonObject:
     required = [name for name in properties if name not in optional]
     return {"type": "object", "properties": properties, "required": required}
@@ -165,6 +178,7 @@ def _object(properties: JsonObject, *, optional: tuple[str, ...] = ()) -> JsonOb
 _STRING = {"type": "string"}
 _STRING_OR_NULL = {"type": ["string", "null"]}
 _COUNT = {"type": "integer", "minimum": 0}
+_COUNT_OR_NULL = {"type": ["integer", "null"], "minimum": 0}
 _NAMES = {"type": "array", "items": _STRING}
 _OK = _object({"status": {"const": "ok"}})
 _PLUGIN = _object(
@@ -189,16 +203,71 @@ _TASK = _object(
         "default_model": _STRING_OR_NULL,
     }
 )
+_PROVENANCE: JsonObject = {
+    "checkpoint": _STRING_OR_NULL | {"description": "The name of the weights"},
+    "revision": _STRING_OR_NULL | {"description": "Their commit on the hub or their version; `local` for a folder"},
+    "dtype": _STRING_OR_NULL | {"description": "The precision in which the model runs"},
+    "device": _STRING_OR_NULL | {"description": "Where it runs"},
+}
+_META = _object(
+    {
+        "task": _STRING,
+        "model": _STRING,
+        **_PROVENANCE,
+        "plugin_version": _STRING_OR_NULL,
+        "queued_seconds": {"type": "number", "description": "Until the model was called, loading included"},
+        "computed_seconds": {"type": "number", "description": "From then until its last call had ended"},
+    }
+)
+_META_PARAMETER = query_parameter(
+    PARAMETER,
+    "Whether the answer tells where it comes from: `1` or `true`, `0` or `false`",
+    {"enum": ["0", "1", "false", "true"]},
+)
+_PREFER: JsonObject = {
+    "name": "Prefer",
+    "in": "header",
+    "required": False,
+    "description": f"`{PREFERENCE}` is the same as `meta=1`",
+    "schema": {"type": "string", "examples": [PREFERENCE]},
+}
+_FEATURES_HEADERS: JsonObject = {
+    "Cache-Status": {
+        "description": "Whether kept answers were used (RFC 9211); only with RESULT_CACHE_BYTES",
+        "schema": {"type": "string", "examples": ["fes; hit"]},
+    },
+    "Preference-Applied": {
+        "description": "That the header Prefer was followed",
+        "schema": {"type": "string", "examples": [PREFERENCE]},
+    },
+}
 _STATUS_PROPERTIES: JsonObject = {
     "model": _STRING,
     "state": {"enum": STATES},
     "state_seconds": {"type": "number", "description": "How long the model has been in its state"},
     "error": _STRING_OR_NULL,
+    "progress": {
+        "description": "How far the model's start has come; null unless it is starting",
+        "anyOf": [
+            {"type": "null"},
+            _object(
+                {
+                    "stage": {"enum": ["downloading", "loading"]},
+                    "bytes_done": _COUNT_OR_NULL | {"description": "Of the files; null unless downloading"},
+                    "bytes_total": _COUNT_OR_NULL,
+                }
+            ),
+        ],
+    },
     "queue_depth": _COUNT | {"description": "Requests that wait for the model"},
     "running_jobs": _COUNT | {"description": "Requests that the model works on"},
     "consumer_type": _STRING,
     "load_seconds": {"type": ["number", "null"], "description": "How long the last load took"},
     "device": _STRING_OR_NULL | {"description": "Where the model's weights are, if that can be told"},
+    "provenance": {
+        "description": "Where the model's answers come from; null unless it is loaded",
+        "anyOf": [{"type": "null"}, _object(_PROVENANCE)],
+    },
     "memory_bytes": {"type": ["integer", "null"], "description": "Main memory of the processes in which it runs"},
     "counts": _object(dict.fromkeys(("loads", "failed_loads", "jobs", "items", "failures"), _COUNT))
     | {"description": "Since the start of the engine; a failure is a job that was answered with a 5xx"},
@@ -211,11 +280,18 @@ _STATUS_EXAMPLE = {
     "state": "running",
     "state_seconds": 86.4,
     "error": None,
+    "progress": None,
     "queue_depth": 0,
     "running_jobs": 1,
     "consumer_type": "single_thread_consumer",
     "load_seconds": 3.2,
     "device": "cuda:0",
+    "provenance": {
+        "checkpoint": "Salesforce/blip-image-captioning-base",
+        "revision": "82a37760796d32b1411fe092ab5d4e227313294b",
+        "dtype": "float16",
+        "device": "cuda:0",
+    },
     "memory_bytes": 2_100_000_000,
     "counts": {"loads": 1, "failed_loads": 0, "jobs": 120, "items": 340, "failures": 0},
     "pids": [4711],

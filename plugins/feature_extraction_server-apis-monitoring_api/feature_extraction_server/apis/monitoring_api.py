@@ -155,6 +155,7 @@ class EngineCollector:
         yield GaugeMetricFamily("fes_engine_up", up, value=float(is_up))
         yield from _states(overview)
         yield from _sums(overview)
+        yield from _cache(overview)
         yield from _histograms(overview)
 
     def _ask(self) -> tuple[bool, Overview]:
@@ -207,6 +208,22 @@ def _sums(overview: Overview) -> Iterator[Metric]:
         for told in overview:
             counter.add_metric([told["model"]], told.get("counts", {}).get(key, 0))
         yield counter
+
+
+def _cache(overview: Overview) -> Iterator[Metric]:
+    """Tell of the answers that are kept, if any are (RESULT_CACHE_BYTES)."""
+    told = [(one["model"], one["cache"]) for one in overview if "cache" in one]
+    kinds = (
+        (CounterMetricFamily, "hits", "Items that were answered from what is kept"),
+        (CounterMetricFamily, "misses", "Items that were looked up and not found"),
+        (GaugeMetricFamily, "bytes", "What the kept answers take, keys included"),
+        (GaugeMetricFamily, "entries", "Items whose answers are kept"),
+    )
+    for kind, key, meaning in kinds if told else ():
+        metric = kind(f"fes_result_cache_{key}", meaning, labels=["model"])
+        for model, counts in told:
+            metric.add_metric([model], counts[key])
+        yield metric
 
 
 def _histograms(overview: Overview) -> Iterator[Metric]:

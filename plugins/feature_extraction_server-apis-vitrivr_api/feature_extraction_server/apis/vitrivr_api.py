@@ -44,8 +44,9 @@ logger = logging.getLogger(__name__)
 
 TAG: Final = "vitrivr API"
 DEFAULT_FEATURES: Final = (
-    "clip_image=image_embedding:clip_vit_large_patch14,clip_text=text_query_embedding:clip_vit_large_patch14,"
-    "dino=image_embedding:dino_v2_vits14,asr=automated_speech_recognition,ocr=optical_character_recognition"
+    "clip_image=image_embedding:open_clip_vit_b32,clip_text=text_query_embedding:open_clip_vit_b32,"
+    "dino=image_embedding:dino_v2_vits14,asr=automated_speech_recognition,"
+    "ocr=optical_character_recognition:rapidocr"
 )
 _STATUS: Final = {
     JobState.QUEUED: "starting",

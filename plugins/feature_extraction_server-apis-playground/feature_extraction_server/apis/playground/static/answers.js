@@ -6,7 +6,7 @@ import { answerKind, classesOf, regionsOf } from "./schema.js";
 const VIEWS = {
   text: (result) => h("p", { class: "said" }, result || h("em", { class: "quiet" }, "nothing")),
   texts: (result) => h("ul", { class: "captions" }, result.map((text) => h("li", {}, text))),
-  probabilities: (result, context) => bars(classesOf(context.values, result.length), result),
+  probabilities: (result, context) => bars(result.labels ?? classesOf(context.values, result.length), result.scores ?? result),
   regions,
   segments: (result) => segments(result),
   transcript: (result) =>

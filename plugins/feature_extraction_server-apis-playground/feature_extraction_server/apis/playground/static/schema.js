@@ -36,6 +36,7 @@ export function answerKind(result, values) {
     if (result.length && result.every((value) => typeof value?.text === "string")) return "segments";
   } else if (result !== null && typeof result === "object") {
     if (Array.isArray(result.boxes) && Array.isArray(result.labels)) return "regions";
+    if (Array.isArray(result.labels) && Array.isArray(result.scores)) return "probabilities";
     if (typeof result.text === "string" && Array.isArray(result.segments ?? result.words)) return "transcript";
   }
   return "json";
@@ -49,10 +50,10 @@ export function classesOf(values, n) {
 
 export function regionsOf(result) {
   if (Array.isArray(result)) {
-    return result.map((region) => ({
+    return result.map((region, index) => ({
       box: region.box,
-      label: region.label ?? region.text ?? "",
-      score: region.score ?? region.confidence,
+      label: region.label ?? region.text ?? (region.embedding ? `face ${index + 1}` : ""),
+      score: region.embedding ? undefined : (region.score ?? region.confidence), // of a face, it is no probability
     }));
   }
   return result.boxes.map((box, index) => ({ box, label: result.labels[index], score: result.scores?.[index] }));

@@ -1,0 +1,48 @@
+"""Where a model's answers come from: which checkpoint, in which precision, on which device.
+
+Vectors are comparable where these are the same. Whatever process loaded the model tells it, once it is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from hashlib import blake2b
+from typing import Any, Final
+
+from feature_extraction_server.core.resources import device_of
+from feature_extraction_server.core.tracking import Origin
+
+logger = logging.getLogger(__name__)
+
+KEYS: Final = ("checkpoint", "revision", "dtype", "device")
+#: Revisions that do not say which weights they are: the files of a folder may be replaced.
+_UNSURE: Final = (None, "local")
+_IDENTITY_BYTES: Final = 16
+
+
+def provenance_of(module: Any) -> dict[str, str | None]:
+    """Return ``checkpoint``, ``revision``, ``dtype`` and ``device`` of a loaded model; None where it does not say.
+
+    It says so by its module's function ``provenance`` or by the module's ``checkpoint`` (a ``Checkpoint``).
+    """
+    tell = getattr(module, "provenance", None) or getattr(getattr(module, "checkpoint", None), "provenance", None)
+    try:
+        told = tell() if callable(tell) else {}
+        provenance = {key: None if told.get(key) is None else str(told[key]) for key in KEYS}
+    except Exception:  # a plugin's fault, for which nobody should do without the model
+        logger.exception("The model %s cannot tell where its answers come from", getattr(module, "__name__", module))
+        provenance = dict.fromkeys(KEYS)
+    return provenance | {"device": device_of(module) or provenance["device"]}
+
+
+def origin_of(model: str, provenance: dict[str, str | None]) -> Origin:
+    """Return the origin of what a model answers from now on until it is stopped.
+
+    Its identity is that of an earlier life of the model where it is sure that the weights are the same.
+    """
+    if provenance["revision"] in _UNSURE:
+        return Origin(os.urandom(_IDENTITY_BYTES), provenance)
+    text = json.dumps([model, provenance], sort_keys=True)
+    return Origin(blake2b(text.encode(), digest_size=_IDENTITY_BYTES).digest(), provenance)
