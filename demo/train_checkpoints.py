@@ -48,6 +48,7 @@ from transformers import (
     VisionEncoderDecoderConfig,
     VisionEncoderDecoderModel,
     ViTConfig,
+    ViTForImageClassification,
     ViTImageProcessorPil,
 )
 
@@ -889,6 +890,64 @@ def measure_blip2(folder: Path) -> dict[str, float]:
 # --------------------------------------------------------------------------------------------------------------------
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# ViT
+
+
+def all_labels() -> list[str]:
+    """Return the twelve names of a colour and a shape that a picture may show."""
+    return [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
+
+
+def build_vit() -> tuple[Any, Any]:
+    """Return an untrained ViT classifier and its image processor."""
+    config = ViTConfig(
+        hidden_size=WIDTH,
+        num_attention_heads=4,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=3,
+        image_size=CLASSIFIER_SIDE,
+        patch_size=CLASSIFIER_PATCH,
+        id2label=dict(enumerate(all_labels())),
+    )
+    square = {"height": CLASSIFIER_SIDE, "width": CLASSIFIER_SIDE}
+    return ViTForImageClassification(config), ViTImageProcessorPil(size=square)
+
+
+def load_vit(folder: Path) -> tuple[Any, Any]:
+    """Return the trained model and its image processor."""
+    return ViTForImageClassification.from_pretrained(folder), ViTImageProcessorPil.from_pretrained(folder)
+
+
+def train_vit(run: Run) -> None:
+    """Train the classifier that knows the twelve labels."""
+    model, image_processor = load_vit(run.folder) if run.resume else build_vit()
+    pool = training_pool(image_processor, run.seeds)
+    right = torch.tensor([all_labels().index(truth.label) for (truth,) in pool.truths])
+
+    def loss_of(indices: Tensor) -> Tensor:
+        loss: Tensor = model(pixel_values=pool.batch(indices), labels=right[indices]).loss
+        return loss
+
+    fit(model, pool, run, loss_of)
+    store(run.folder, model, image_processor)
+
+
+def measure_vit(folder: Path) -> dict[str, float]:
+    """Return how often the most probable class is the right one."""
+    model, image_processor = load_vit(folder)
+    certainties = []
+    for image, (truth,) in held_out_pictures():
+        with torch.inference_mode():
+            logits = model(pixel_values=image_processor(image, return_tensors="pt").pixel_values).logits[0]
+        best = int(logits.argmax())
+        certainties.append(float(logits.softmax(-1)[best]) if all_labels()[best] == truth.label else 0.0)
+    return {
+        "right one of twelve": sum(certainty > 0 for certainty in certainties) / len(certainties),
+        "right with more than 0.9": sum(certainty > 0.9 for certainty in certainties) / len(certainties),
+    }
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a checkpoint is made: its functions, the number of training steps and of training pictures."""
@@ -905,6 +964,7 @@ RECIPES = {
     "vit_gpt2": Recipe(train_vit_gpt2, measure_vit_gpt2, 2000, 24000),
     "clip_vit_large_patch14": Recipe(train_clip, measure_clip, 1500, 24000),
     "owlvit_base_patch32": Recipe(train_owlvit, measure_owlvit, 3000, 16000),
+    "vit_base_patch16_224": Recipe(train_vit, measure_vit, 1500, 16000),
 }
 
 

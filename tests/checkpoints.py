@@ -276,12 +276,13 @@ def _clip_text_config(tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def _clip_vit_large_patch14(folder: Path) -> None:
+def _clip_vit_large_patch14(folder: Path, activation: str = "quick_gelu") -> None:
 
     tokenizer = _clip_tokenizer(77)
+    vision = LAYERS | {"image_size": SIDE, "patch_size": 16, "projection_dim": WIDTH}
     config = transformers().CLIPConfig(
-        text_config=_clip_text_config(tokenizer),
-        vision_config=LAYERS | {"image_size": SIDE, "patch_size": 16, "projection_dim": WIDTH},
+        text_config=_clip_text_config(tokenizer) | {"hidden_act": activation},
+        vision_config=vision | {"hidden_act": activation},
         projection_dim=WIDTH,
     )
     _enlarge(transformers().CLIPModel(config), 4).save_pretrained(folder)
@@ -403,14 +404,247 @@ def _all_minilm_l6_v2(folder: Path) -> None:
     transformers().BertTokenizer(vocab=vocabulary, model_max_length=512).save_pretrained(folder)
 
 
+def _open_clip_vit_b32(folder: Path) -> None:
+    _clip_vit_large_patch14(folder, "gelu")
+
+
+def _siglip2_base_patch16_224(folder: Path) -> None:
+    import torch
+
+    # As in the real checkpoint, the tokenizer is one that keeps capitals, and gives no mask.
+    tokenizer = transformers().GemmaTokenizer(
+        vocab=(vocabulary := _pieces(["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"])),
+        merges=[("\u2581", "a")],
+        add_bos_token=False,
+        add_eos_token=True,
+        padding_side="right",
+        model_input_names=["input_ids"],
+        model_max_length=64,
+    )
+    ends = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+    config = transformers().SiglipConfig(
+        text_config=LAYERS | ends | {"vocab_size": len(vocabulary), "projection_size": WIDTH},
+        vision_config=LAYERS | {"image_size": SIDE, "patch_size": 16},
+    )
+    model: Any = _enlarge(transformers().SiglipModel(config), 2)
+    with torch.no_grad():
+        model.logit_scale.fill_(2.3)
+        model.logit_bias.fill_(-1.5)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    _write(
+        folder,
+        "preprocessor_config.json",
+        {
+            "do_normalize": True,
+            "do_rescale": True,
+            "do_resize": True,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+            "image_processor_type": "SiglipImageProcessor",
+            "processor_class": "SiglipProcessor",
+            "resample": 2,
+            "rescale_factor": 0.00392156862745098,
+            "size": {"height": SIDE, "width": SIDE},
+        },
+    )
+
+
+def _dino_v2_vits14(folder: Path) -> None:
+    # As in the real checkpoint, the position embeddings are for larger pictures than the image processor makes.
+    layers = {"hidden_size": WIDTH, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers().Dinov2Config(**layers, image_size=SIDE + 34, patch_size=14)
+    _enlarge(transformers().Dinov2Model(config), 4).save_pretrained(folder)
+    _write(
+        folder,
+        "preprocessor_config.json",
+        {
+            "crop_size": {"height": 56, "width": 56},
+            "do_center_crop": True,
+            "do_convert_rgb": True,
+            "do_normalize": True,
+            "do_rescale": True,
+            "do_resize": True,
+            "image_mean": [0.485, 0.456, 0.406],
+            "image_std": [0.229, 0.224, 0.225],
+            "image_processor_type": "BitImageProcessor",
+            "resample": 3,
+            "rescale_factor": 0.00392156862745098,
+            "size": {"shortest_edge": SIDE},
+        },
+    )
+
+
+def _pieces(special: list[str]) -> dict[str, int]:
+    """Return a vocabulary of single letters and bytes, as SentencePiece makes them."""
+    tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", *map(chr, range(33, 127)), "\u2581a"]
+    return {token: number for number, token in enumerate(tokens)}
+
+
+def _multilingual_e5_base(folder: Path) -> None:
+    words = sorted({word for text in TEXTS for word in text.split()} | {"query:", "passage:"})
+    scored = [(letter, -9.0) for letter in ["\u2581", *map(chr, range(33, 127))]]
+    scored += [("\u2581" + word, -1.0 - number / 100) for number, word in enumerate(words)]
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    tokenizer = transformers().XLMRobertaTokenizer(
+        vocab=[*((token, 0.0) for token in special), *scored, ("<mask>", 0.0)], model_max_length=512
+    )
+    config = transformers().XLMRobertaConfig(
+        **LAYERS, vocab_size=len(tokenizer), max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5
+    )
+    _enlarge(transformers().XLMRobertaModel(config), 4).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _e5mistral7b_instruct(folder: Path) -> None:
+    vocabulary = _pieces(["<unk>", "<s>", "</s>"])
+    tokenizer = transformers().LlamaTokenizer(
+        vocab=vocabulary,
+        merges=[("\u2581", "a")],
+        add_bos_token=True,
+        add_eos_token=True,
+        pad_token="</s>",  # noqa: S106 - no password
+        model_max_length=4096,
+    )
+    config = transformers().MistralConfig(
+        **LAYERS, num_key_value_heads=2, vocab_size=len(vocabulary), max_position_embeddings=8192, sliding_window=4096
+    )
+    _enlarge(transformers().MistralModel(config), 6).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _vit_base_patch16_224(folder: Path) -> None:
+    names = {0: "tabby, tabby cat", 1: "Egyptian cat", 2: "sports car", 3: "teapot", 4: "daisy", 5: "hen", 6: "crib"}
+    config = transformers().ViTConfig(**LAYERS, image_size=SIDE, patch_size=16, id2label=names)
+    _enlarge(transformers().ViTForImageClassification(config), 4).save_pretrained(folder)
+    _write(
+        folder,
+        "preprocessor_config.json",
+        {
+            "do_normalize": True,
+            "do_rescale": True,
+            "do_resize": True,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_processor_type": "ViTImageProcessor",
+            "image_std": [0.5, 0.5, 0.5],
+            "resample": 2,
+            "rescale_factor": 0.00392156862745098,
+            "size": {"height": SIDE, "width": SIDE},
+        },
+    )
+
+
+def _write_detector_processor(folder: Path, name: str) -> None:
+    _write(
+        folder,
+        "preprocessor_config.json",
+        {
+            "do_normalize": True,
+            "do_resize": True,
+            "feature_extractor_type": f"{name}FeatureExtractor",
+            "format": "coco_detection",
+            "image_mean": [0.485, 0.456, 0.406],
+            "image_std": [0.229, 0.224, 0.225],
+            "max_size": 192,
+            "size": 96,
+        },
+    )
+
+
+def _spread(model: Any, layers: list[Any]) -> Any:
+    """Start the last layers of a detector anew, so that its boxes and scores differ from each other."""
+    from torch import nn
+
+    for layer in layers:
+        nn.init.normal_(layer.weight, std=2 * layer.in_features**-0.5)
+        nn.init.zeros_(layer.bias)
+    return model.eval()
+
+
+def _detr_resnet101(folder: Path) -> None:
+    names = {0: "N/A", 1: "person", 2: "bicycle", 3: "car", 4: "cat"}
+    backbone = transformers().ResNetConfig(embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1, 1, 2, 1])
+    config = transformers().DetrConfig(
+        use_timm_backbone=False,
+        backbone_config=backbone,
+        d_model=WIDTH,
+        num_queries=12,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        id2label=names,
+    )
+    model: Any = transformers().DetrForObjectDetection(config)
+    _enlarge(model.model, 3)
+    _spread(model, [model.class_labels_classifier, *model.bbox_predictor.layers]).save_pretrained(folder)
+    _write_detector_processor(folder, "Detr")
+
+
+def _grounding_dino_tiny(folder: Path) -> None:
+    vocabulary = _words_of_bert()
+    config = transformers().GroundingDinoConfig(
+        backbone_config=transformers().SwinConfig(
+            image_size=SIDE,
+            embed_dim=8,
+            depths=[1, 1, 1, 1],
+            num_heads=[1, 2, 2, 2],
+            window_size=4,
+            out_features=["stage2", "stage3", "stage4"],
+        ),
+        text_config=transformers().BertConfig(**LAYERS, vocab_size=len(vocabulary), max_position_embeddings=64),
+        d_model=WIDTH,
+        num_queries=12,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        max_text_len=24,
+    )
+    model: Any = transformers().GroundingDinoForObjectDetection(config)
+    model.model.decoder.layer_norm.weight.data *= 0.2  # else every score is 0 or 1
+    _spread(model, model.bbox_embed[0].layers).save_pretrained(folder)
+    transformers().BertTokenizer(vocab=vocabulary, model_max_length=512).save_pretrained(folder)
+    _write_detector_processor(folder, "GroundingDino")
+
+
+def _words_of_bert() -> dict[str, int]:
+    """Return word pieces with the numbers that Grounding DINO takes for granted: BERT's for what ends a name."""
+    vocabulary = _word_pieces()
+    special = {0: "[PAD]", 100: "[UNK]", 101: "[CLS]", 102: "[SEP]", 103: "[MASK]", 1012: ".", 1029: "?"}
+    others = iter([token for token in vocabulary if token not in special.values()])
+    n_tokens = 1030
+    return {special.get(number) or next(others, f"[unused{number}]"): number for number in range(n_tokens)}
+
+
+def _faster_whisper(folder: Path) -> None:
+    """Convert the checkpoint of whisper. Its vocabulary is so small that CTranslate2 takes it to be an English one."""
+    converters: Any = importlib.import_module("ctranslate2.converters")
+    converter = converters.TransformersConverter(str(checkpoint("whisper")), copy_files=["tokenizer.json"])
+    converter.convert(str(folder), force=True)
+
+
 BUILDERS: dict[str, Callable[[Path], None]] = {
     "blip": _blip,
     "blip2": _blip2,
     "vit_gpt2": _vit_gpt2,
     "clip_vit_large_patch14": _clip_vit_large_patch14,
     "owlvit_base_patch32": _owlvit_base_patch32,
+    "vit_base_patch16_224": _vit_base_patch16_224,
+    "detr_resnet101": _detr_resnet101,
+    "grounding_dino_tiny": _grounding_dino_tiny,
     "whisper": _whisper,
+    "faster_whisper": _faster_whisper,
     "all_minilm_l6_v2": _all_minilm_l6_v2,
+    "open_clip_vit_b32": _open_clip_vit_b32,
+    "siglip2_base_patch16_224": _siglip2_base_patch16_224,
+    "dino_v2_vits14": _dino_v2_vits14,
+    "multilingual_e5_base": _multilingual_e5_base,
+    "e5mistral7b_instruct": _e5mistral7b_instruct,
 }
 
 

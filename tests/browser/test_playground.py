@@ -162,6 +162,45 @@ def test_boxes_are_drawn_over_the_picture_where_they_are_with_labels_and_scores(
     assert (box["width"] / picture["width"], box["height"] / picture["height"]) == pytest.approx((0.5, 0.5), abs=0.02)
 
 
+def test_lines_of_text_are_drawn_over_the_picture_where_they_were_read(
+    site: MakeSite, open_page: OpenPage, plugin: Callable[..., None]
+) -> None:
+    lines = [{"text": "Exit", "box": [10, 15, 30, 30], "confidence": 0.75}]
+    source = f"def load_model(): pass\ndef optical_character_recognition(image, config): return [{lines}]"
+    plugin("models", "reader", source)
+    page = open_page(site())
+    choose(page, "optical_character_recognition", "reader")
+    page.get_by_label("Image", exact=True).set_input_files(RED_FILE)
+
+    expect(run(page).locator(".frame .box")).to_have_text(["Exit 75.0 %"])
+
+
+def test_boxes_of_given_classes_are_drawn_like_those_of_any(
+    site: MakeSite, open_page: OpenPage, plugin: Callable[..., None]
+) -> None:
+    plugin(
+        "models", "detector", DETECTOR.replace("object_detection(image,", "zero_shot_object_detection(image, classes,")
+    )
+    page = open_page(site())
+    choose(page, "zero_shot_object_detection", "detector")
+    page.get_by_label("Image", exact=True).set_input_files(RED_FILE)
+    page.get_by_label("Classes", exact=True).fill("<b>cat</b>\ndog")
+
+    expect(run(page).locator(".box")).to_have_text(["<b>cat</b> 75.0 %", "dog 50.0 %"])
+
+
+def test_classes_that_a_model_knows_are_bars_best_first(
+    site: MakeSite, open_page: OpenPage, plugin: Callable[..., None]
+) -> None:
+    answer = '{"labels": ["cat", "dog"], "scores": [0.2, 0.7]}'
+    plugin("models", "knower", f"def load_model(): pass\ndef image_classification(image, config): return [{answer}]")
+    page = open_page(site())
+    choose(page, "image_classification", "knower")
+    page.get_by_label("Image", exact=True).set_input_files(RED_FILE)
+
+    expect(run(page).locator("[data-kind=probabilities] li")).to_have_text(["dog70.0 %", "cat20.0 %"])
+
+
 def test_transcript_is_shown_as_text(site: MakeSite, open_page: OpenPage) -> None:
     page = open_page(site())
     choose(page, "automated_speech_recognition", "fake_echo")

@@ -87,6 +87,13 @@ def test_every_model_is_named_with_a_link_to_its_readme(name: str) -> None:
     assert f"[{name}](plugins/feature_extraction_server-models-{name}/README.md)" in README
 
 
+@pytest.mark.parametrize("name", [name for kind, name in PLUGINS if kind == "models"])
+def test_every_model_has_a_line_in_the_table_of_all_models(name: str) -> None:
+    table = README.split("### All models", 1)[1].split("\n#", 1)[0]
+
+    assert re.search(rf"^\| `{name}` \|", table, re.MULTILINE)
+
+
 @pytest.mark.parametrize("name", [name for kind, name in PLUGINS if kind == "tasks"])
 def test_every_task_is_named(name: str) -> None:
     assert f"`{name}`" in README

@@ -24,7 +24,8 @@ def checkout(tmp_path: Path) -> Path:
     for tool in TOOLS:
         write_tool(tmp_path, tool, 0)
     (tmp_path / ".venv" / ".installed").touch()
-    write_script(tmp_path / "system" / "chromium", "")
+    for program in ("chromium", "tesseract"):
+        write_script(tmp_path / "system" / program, "")
     return tmp_path
 
 
@@ -87,31 +88,33 @@ def test_setup_refuses_an_old_python(checkout: Path) -> None:
     assert not (checkout / ".venv" / ".installed").exists()
 
 
-def find_chromium(checkout: Path, user: int, **programs: str) -> subprocess.CompletedProcess[str]:
-    """Run ``.ci/chromium`` where there are no programs but these."""
+def find(program: str, checkout: Path, user: int, **programs: str) -> subprocess.CompletedProcess[str]:
+    """Run ``.ci/chromium`` or ``.ci/tesseract`` where there are no programs but these."""
     folder = checkout / "bare"
     for name, lines in ({"id": f"echo {user}"} | programs).items():
         write_script(folder / name, lines)
-    command = ["/bin/sh", ".ci/chromium"]
+    command = ["/bin/sh", f".ci/{program}"]
     return subprocess.run(command, cwd=checkout, env={"PATH": str(folder)}, capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.parametrize("program", ["chromium", "tesseract"])
 @pytest.mark.parametrize(
     ("programs", "said", "asked"),
     [
-        pytest.param({"chromium": ""}, "", None, id="it is there"),
+        pytest.param({"PROGRAM": ""}, "", None, id="it is there"),
         pytest.param({}, "will be skipped", None, id="there is no apt-get"),
-        pytest.param({"apt_get": ""}, "installing Chromium", "chromium", id="it can be installed"),
+        pytest.param({"apt_get": ""}, "installing", "install --yes", id="it can be installed"),
         pytest.param({"apt_get": "exit 100"}, "could not be installed", "update --quiet", id="it cannot be installed"),
     ],
 )
-def test_chromium_is_installed_where_it_is_missing_and_that_is_possible(
-    checkout: Path, programs: dict[str, str], said: str, asked: str | None
+def test_program_is_installed_where_it_is_missing_and_that_is_possible(
+    checkout: Path, program: str, programs: dict[str, str], said: str, asked: str | None
 ) -> None:
     record = checkout / "asked"
-    found = {name.replace("_", "-"): f'echo "$*" >>{record}\n{lines}' for name, lines in programs.items()}
+    names = {"PROGRAM": program, "apt_get": "apt-get"}
+    found = {names[name]: f'echo "$*" >>{record}\n{lines}' for name, lines in programs.items()}
 
-    done = find_chromium(checkout, 0, **found)
+    done = find(program, checkout, 0, **found)
 
     assert done.returncode == 0, done.stderr
     assert said in done.stdout
@@ -119,8 +122,19 @@ def test_chromium_is_installed_where_it_is_missing_and_that_is_possible(
     assert (asked in record.read_text()) if asked else not record.exists()
 
 
-def test_chromium_is_not_installed_by_who_may_not(checkout: Path) -> None:
-    done = find_chromium(checkout, 1000, **{"apt-get": "exit 1"})
+@pytest.mark.parametrize("program", ["chromium", "tesseract"])
+def test_program_is_not_installed_by_who_may_not(checkout: Path, program: str) -> None:
+    done = find(program, checkout, 1000, **{"apt-get": "exit 1"})
 
     assert done.returncode == 0
     assert "will be skipped" in done.stdout
+
+
+def test_tesseract_is_installed_by_who_may_become_root(checkout: Path) -> None:
+    record = checkout / "asked"
+    programs = {"apt-get": "", "true": "", "sudo": f'echo "$*" >>{record}'}
+
+    done = find("tesseract", checkout, 1000, **programs)
+
+    assert done.returncode == 0
+    assert "apt-get install" in record.read_text()

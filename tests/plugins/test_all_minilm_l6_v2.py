@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import importlib
-import itertools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -15,8 +13,7 @@ from feature_extraction_server.core.engine import Engine
 from feature_extraction_server.flask.app import create_app
 from tests.checkpoints import checkpoint
 from tests.plugins.asking import Ask
-
-plugin: Any = importlib.import_module("feature_extraction_server.models.all_minilm_l6_v2")
+from tests.plugins.retrieval import PASSAGES, QUERIES, ranks
 
 TASK = "text_embedding"
 WORDS = ["a", "photo", "of", "two", "dogs", "in", "the", "snow", "blue", "circle", "with", "person"]
@@ -113,48 +110,7 @@ def test_what_config_may_not_hold_is_named(ask: Ask, config: dict[str, Any], fie
     assert response.json["field"] == field
 
 
-@pytest.mark.parametrize(
-    "lengths",
-    [[7], [9] * 32, list(range(2, 257)), [2, 256, 2, 256], [random.Random(1).randint(2, 256) for _ in range(32)]],
-    ids=["one", "equal", "all", "two kinds", "random"],
-)
-def test_texts_of_like_length_go_through_the_model_together(lengths: list[int]) -> None:
-    groups = plugin._groups(lengths)
-
-    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
-    for group in groups:
-        longest = max(lengths[index] for index in group)
-        assert sum(longest - lengths[index] for index in group) <= plugin.CALL_TOKENS
-    for longer, shorter in itertools.pairwise(groups):
-        assert lengths[longer[-1]] >= lengths[shorter[0]]
-
-
-def test_texts_of_one_length_are_one_call() -> None:
-    assert plugin._groups([9] * 32) == [list(range(32))]
-
-
 # On the trained weights
-
-PASSAGES = [
-    "The Eiffel Tower was built in Paris for the world's fair of 1889.",
-    "Water boils at a lower temperature high up in the mountains, since the air pressure is lower.",
-    "Bees communicate where flowers are by dancing inside the hive.",
-    "The stock market fell sharply after the central bank raised interest rates.",
-    "To bake bread, knead flour, water, yeast and salt, and let the dough rise before it goes into the oven.",
-    "The striker scored twice in the second half and the home team won the cup final.",
-    "A vaccine trains the immune system to recognise a virus before an infection.",
-    "Sailors once found their way across the ocean by the position of the stars.",
-]
-QUERIES = {
-    "famous landmark in France": 0,
-    "why does cooking take longer at altitude": 1,
-    "how insects tell each other about food": 2,
-    "effect of monetary policy on share prices": 3,
-    "recipe for a loaf": 4,
-    "who won the football match": 5,
-    "protection against disease by injection": 6,
-    "navigation at sea before modern instruments": 7,
-}
 
 
 @pytest.fixture
@@ -176,10 +132,11 @@ def test_vectors_are_those_that_sentence_transformers_gives(ask_trained: Ask) ->
 
 
 @pytest.mark.weights
-def test_every_query_finds_its_passage_first(ask_trained: Ask) -> None:
-    passages = np.array(ask_trained(TASK, text=PASSAGES))
-    queries = np.array(ask_trained("text_query_embedding", text=list(QUERIES)))
+def test_queries_find_their_passages_among_like_ones(ask_trained: Ask) -> None:
+    passages = ask_trained(TASK, text=PASSAGES)
+    queries = ask_trained("text_query_embedding", text=QUERIES)
 
-    found = (queries @ passages.T).argmax(axis=1)
+    found_at = ranks(queries, passages)
 
-    assert found.tolist() == list(QUERIES.values())
+    assert (found_at == 1).mean() >= 0.85
+    assert (1 / found_at).mean() >= 0.92

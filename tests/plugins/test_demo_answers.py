@@ -99,6 +99,24 @@ def test_best_box_lies_around_the_shape(ask_demo: Callable[[str], Ask]) -> None:
     assert share_right(right, [True] * len(right)) >= ENOUGH
 
 
+def test_best_box_of_given_classes_lies_around_the_shape(ask_demo: Callable[[str], Ask]) -> None:
+    ask = ask_demo("owlvit_base_patch32")
+
+    answers = ask("zero_shot_object_detection", image=IMAGES, classes=list(SHAPES))
+
+    right = [
+        answer["labels"][:1] == [truth.shape] and overlap(answer["boxes"][0], truth.box) > 0.5
+        for answer, truth in zip(answers, TRUTHS, strict=True)
+    ]
+    assert share_right(right, [True] * len(right)) >= ENOUGH
+
+
+def test_first_class_is_the_right_one(ask_demo: Callable[[str], Ask]) -> None:
+    answers = ask_demo("vit_base_patch16_224")("image_classification", image=IMAGES)
+
+    assert share_right([answer["labels"][0] for answer in answers], [truth.label for truth in TRUTHS]) >= ENOUGH
+
+
 def test_every_shape_of_several_is_found(ask_demo: Callable[[str], Ask]) -> None:
     pictures = [draw_shapes(TEST_SEED + number, SIZES[number % 4]) for number in range(40)]
     config = {"classes": list(SHAPES), "threshold": 0.2}

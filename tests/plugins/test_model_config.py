@@ -19,10 +19,16 @@ MODELS_AND_TASKS = [
     ("vit_gpt2", "image_captioning"),
     ("clip_vit_large_patch14", "zero_shot_image_classification"),
     ("owlvit_base_patch32", "object_detection"),
+    ("owlvit_base_patch32", "zero_shot_object_detection"),
+    ("grounding_dino_tiny", "object_detection"),
+    ("grounding_dino_tiny", "zero_shot_object_detection"),
+    ("detr_resnet101", "object_detection"),
+    ("vit_base_patch16_224", "image_classification"),
 ]
 OTHER_FIELDS: dict[str, dict[str, Any]] = {
     "conditional_image_captioning": {"text": "a"},
     "zero_shot_image_classification": {"classes": ["a cat"]},
+    "zero_shot_object_detection": {"classes": ["a cat"]},
 }
 UNSAFE_KEYS = [
     "nonsense",

@@ -78,7 +78,7 @@ def test_objects_in_a_batch_are_those_of_its_images_alone(ask: Ask) -> None:
 def test_objects_of_the_coco_catalogue_are_looked_for_by_default(
     ask: Ask, direct: Callable[..., dict[str, list[Any]]]
 ) -> None:
-    from feature_extraction_server.models.owlvit_base_patch32 import COCO_CLASSES
+    from feature_extraction_server.core.detections import COCO_CLASSES
 
     answer = ask("object_detection", image=draw(0))
 

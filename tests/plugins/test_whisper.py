@@ -273,6 +273,15 @@ def test_trained_weights_understand_speech(ask_real: Ask) -> None:
 
 
 @pytest.mark.weights
+def test_trained_weights_write_every_word_of_ten_sentences_but_a_number(ask_real: Ask) -> None:
+    folder = ROOT / "tests" / "speech"
+
+    answer = ask_real(TASK, audio=base64.b64encode((folder / "sentences.ogg").read_bytes()).decode())
+
+    assert answer == " ".join((folder / "sentences.txt").read_text().splitlines()).replace("twenty", "20")
+
+
+@pytest.mark.weights
 def test_trained_weights_understand_speech_of_more_than_a_minute(ask_real: Ask) -> None:
     samples, rate = soundfile.read(whisper_tiny_en.SPEECH_FILE, dtype="float32")
     long = np.concatenate([np.concatenate([samples, np.zeros(rate // 2, np.float32)])] * 4)

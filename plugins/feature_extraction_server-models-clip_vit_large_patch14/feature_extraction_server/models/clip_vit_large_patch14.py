@@ -9,31 +9,24 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from feature_extraction_server.core.checkpoints import Checkpoint
-from feature_extraction_server.core.config import CatalogueConfig, EmbeddingConfig, TextEmbeddingConfig
-from feature_extraction_server.core.embeddings import (
-    MAX_CHARACTERS,
-    as_vectors,
+from feature_extraction_server.core.embeddings import as_vectors, cut_strips
+from feature_extraction_server.core.encoder_backend import EncoderCheckpoint
+from feature_extraction_server.core.image_text import (
+    CONFIG_TYPES,
+    class_logits,
+    embed_classes,
     embed_texts,
-    text_features,
-    with_token_counts,
+    image_features,
 )
 from feature_extraction_server.core.settings import SettingsManager
 
 if TYPE_CHECKING:
     import torch
 
-config_types = {
-    "image_embedding": EmbeddingConfig,
-    "text_embedding": TextEmbeddingConfig,
-    "text_query_embedding": TextEmbeddingConfig,
-    "zero_shot_image_classification": CatalogueConfig,
-}
+config_types = CONFIG_TYPES
 image_sizes = {"image_embedding": 224, "zero_shot_image_classification": 224}
 
-LONGEST_FORM = 8  # how many times longer than wide a picture may be
-
-checkpoint: Checkpoint
+checkpoint: EncoderCheckpoint
 model: Any
 image_processor: Any
 tokenizer: Any
@@ -41,7 +34,7 @@ tokenizer: Any
 
 def add_settings(settings_manager: SettingsManager) -> None:
     global checkpoint
-    checkpoint = Checkpoint(settings_manager, "clip_vit_large_patch14", "openai/clip-vit-large-patch14")
+    checkpoint = EncoderCheckpoint(settings_manager, "clip_vit_large_patch14", "openai/clip-vit-large-patch14")
 
 
 def load_model() -> None:
@@ -51,6 +44,8 @@ def load_model() -> None:
     image_processor = checkpoint.load_processor(CLIPImageProcessorPil)
     tokenizer = checkpoint.load_processor(AutoTokenizer)
     model = checkpoint.load_model(CLIPModel)
+    checkpoint.speed_up(model.text_model, "pooler_output")
+    checkpoint.speed_up(model.vision_model, "pooler_output", image_processor)
 
 
 def image_embedding(image: list[Image.Image], config: dict[str, Any]) -> list[Any]:
@@ -58,8 +53,7 @@ def image_embedding(image: list[Image.Image], config: dict[str, Any]) -> list[An
 
 
 def text_embedding(text: list[str], config: dict[str, Any]) -> list[Any]:
-    features, n_tokens = text_features(model, tokenizer, [one[:MAX_CHARACTERS] for one in text])
-    return with_token_counts(as_vectors(features, config), n_tokens, config)
+    return embed_texts(model, tokenizer, text, config)
 
 
 text_query_embedding = text_embedding  # images and captions are searched with the same vectors
@@ -68,31 +62,10 @@ text_query_embedding = text_embedding  # images and captions are searched with t
 def zero_shot_image_classification(
     image: list[Image.Image], classes: list[str], config: dict[str, Any]
 ) -> list[list[float]]:
-    import torch
-
-    with torch.inference_mode():
-        images = torch.nn.functional.normalize(_image_features(image))
-        texts = embed_texts(model, tokenizer, classes, config)
-        probabilities: list[list[float]] = (images @ texts.T * model.logit_scale.float().exp()).softmax(dim=1).tolist()
+    logits = class_logits(model, _image_features(image), embed_classes(model, tokenizer, classes, config))
+    probabilities: list[list[float]] = logits.softmax(dim=1).tolist()
     return probabilities
 
 
 def _image_features(image: list[Image.Image]) -> torch.Tensor:
-    """Return the projected features of pictures, float32 (n_pictures, n_dimensions)."""
-    import torch
-
-    with torch.inference_mode():
-        pixels = checkpoint.pixel_values(image_processor, [_middle(picture) for picture in image])
-        features: torch.Tensor = model.get_image_features(pixel_values=pixels).pooler_output.float()
-        return features
-
-
-def _middle(picture: Image.Image) -> Image.Image:
-    """Cut a strip of a picture down to its middle.
-
-    The image processor enlarges it until its short side fits, which may take gigabytes, and keeps the middle square.
-    """
-    longest = LONGEST_FORM * min(picture.size)
-    width, height = min(picture.width, longest), min(picture.height, longest)
-    left, top = (picture.width - width) // 2, (picture.height - height) // 2
-    return picture.crop((left, top, left + width, top + height))
+    return image_features(checkpoint, model, image_processor, cut_strips(image))

@@ -1,0 +1,44 @@
+"""DINOv2 ViT-S/14: vectors of images, by which images that look alike are found.
+
+Weights: facebook/dinov2-small, Apache-2.0. Paper: https://arxiv.org/abs/2304.07193
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from PIL import Image
+
+from feature_extraction_server.core.config import EmbeddingConfig
+from feature_extraction_server.core.embeddings import as_vectors, cut_strips
+from feature_extraction_server.core.encoder_backend import EncoderCheckpoint
+from feature_extraction_server.core.settings import SettingsManager
+
+config_types = {"image_embedding": EmbeddingConfig}
+image_sizes = {"image_embedding": 256}
+
+checkpoint: EncoderCheckpoint
+model: Any
+image_processor: Any
+
+
+def add_settings(settings_manager: SettingsManager) -> None:
+    global checkpoint
+    checkpoint = EncoderCheckpoint(settings_manager, "dino_v2_vits14", "facebook/dinov2-small")
+
+
+def load_model() -> None:
+    global model, image_processor
+    from transformers import BitImageProcessorPil, Dinov2Model
+
+    image_processor = checkpoint.load_processor(BitImageProcessorPil)
+    model = checkpoint.load_model(Dinov2Model)
+    checkpoint.speed_up(model, "pooler_output", image_processor)
+
+
+def image_embedding(image: list[Image.Image], config: dict[str, Any]) -> list[Any]:
+    # The state of the token that stands for the whole image, after the last layer norm.
+    states = checkpoint.encode_images(
+        lambda pixels: model(pixel_values=pixels).pooler_output, image_processor, cut_strips(image)
+    )
+    return as_vectors(states, config)

@@ -1,0 +1,289 @@
+from __future__ import annotations
+
+import base64
+import importlib
+import io
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+from demo import whisper_tiny_en
+from dev_server import ROOT
+from feature_extraction_server.core.engine import Engine
+from feature_extraction_server.core.settings import SettingsManager
+from feature_extraction_server.core.setup import build_engine
+from feature_extraction_server.flask.app import create_app
+from tests.checkpoints import checkpoint
+from tests.plugins.asking import Ask
+
+plugin: Any = importlib.import_module("feature_extraction_server.models.faster_whisper")
+
+TASK = "automated_speech_recognition"
+RATE = 16_000
+SENTENCES = ROOT / "tests" / "speech"
+
+
+def noise(seed: int, seconds: float = 2.0) -> Any:
+    samples = np.random.default_rng(seed).normal(0, 0.2, round(seconds * RATE)).clip(-1, 1).astype(np.float32)
+    samples[:: seed + 2] = 0
+    return samples
+
+
+def encode(samples: Any, rate: int = RATE) -> str:
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format="WAV", subtype="FLOAT")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def in_base64(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()
+
+
+@pytest.fixture
+def ask(asks: Callable[[str], Ask]) -> Ask:
+    return asks("faster_whisper")
+
+
+@pytest.fixture(scope="module")
+def direct() -> Callable[..., tuple[list[Any], Any]]:
+    """``direct(samples, **arguments)`` gives the segments and the information that the library alone gives."""
+    library: Any = importlib.import_module("faster_whisper")
+    model = library.WhisperModel(str(checkpoint("faster_whisper")), device="cpu", compute_type="int8", cpu_threads=1)
+
+    def transcribe(samples: Any, **arguments: Any) -> tuple[list[Any], Any]:
+        plain = {"beam_size": 1, "temperature": 0, "condition_on_previous_text": False}
+        segments, info = model.transcribe(samples, **plain | arguments)
+        return list(segments), info
+
+    return transcribe
+
+
+@pytest.mark.parametrize(
+    ("config", "arguments"),
+    [
+        ({}, {}),
+        ({"language": "EN"}, {"language": "en"}),
+        ({"max_new_tokens": 5}, {"max_new_tokens": 5}),
+        ({"num_beams": 3}, {"beam_size": 3}),
+        (
+            {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
+            {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
+        ),
+    ],
+    ids=str,
+)
+def test_text_is_the_one_that_the_library_gives(
+    ask: Ask, direct: Callable[..., tuple[list[Any], Any]], config: dict[str, Any], arguments: dict[str, Any]
+) -> None:
+    limit = {"max_new_tokens": 20}
+    segments, info = direct(noise(1), **limit | arguments)
+
+    answer = ask(TASK, audio=encode(noise(1)), config=limit | config | {"timestamps": "segments"})
+
+    assert answer["text"] == "".join(segment.text for segment in segments).strip()
+    assert answer["text"]
+    assert answer["language"] == info.language
+
+
+def test_language_and_translation_are_asked_of_a_multilingual_checkpoint(
+    ask: Ask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask(TASK, audio=encode(noise(1)), config={"max_new_tokens": 1})
+    asked: list[dict[str, Any]] = []
+
+    def transcribe(samples: Any, **arguments: Any) -> tuple[list[Any], Any]:
+        asked.append(arguments)
+        return [], SimpleNamespace(language="fr")
+
+    multilingual = SimpleNamespace(is_multilingual=True)
+    library = SimpleNamespace(transcribe=transcribe, supported_languages=["en", "fr"], model=multilingual)
+    monkeypatch.setattr(plugin, "model", library)
+
+    ask(TASK, audio=encode(noise(1)), config={"language": "FR", "task": "translate"})
+
+    assert (asked[0]["language"], asked[0]["task"]) == ("fr", "translate")
+
+
+def test_texts_of_a_batch_are_those_of_its_recordings_alone(ask: Ask) -> None:
+    recordings = [encode(noise(seed, seconds)) for seed, seconds in enumerate((0.5, 2, 0.05, 3))]
+    config = {"max_new_tokens": 10, "language": "en"}
+
+    answers = ask(TASK, audio=recordings, config=config)
+
+    assert answers == [ask(TASK, audio=recording, config=config) for recording in recordings]
+    assert answers[0] != answers[1]
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [np.zeros(3 * RATE, np.float32), np.full(RATE, 1e-4, np.float32), np.ones(1, np.float32)],
+    ids=["silence", "almost silence", "one sample"],
+)
+def test_silence_has_no_text(ask: Ask, samples: Any) -> None:
+    answer = ask(TASK, audio=encode(samples), config={"timestamps": "words"})
+
+    assert {key: answer[key] for key in ("text", "language", "segments", "words")} == {
+        "text": "",
+        "language": None,
+        "segments": [],
+        "words": [],
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        ({"language": "klingon"}, "config.language"),
+        ({"task": "sing"}, "config.task"),
+        ({"timestamps": "letters"}, "config.timestamps"),
+        ({"vad_filter": "yes"}, "config.vad_filter"),
+        ({"max_new_tokens": 441}, "config.max_new_tokens"),
+        ({"initial_prompt": "hello"}, "config.initial_prompt"),
+    ],
+    ids=str,
+)
+def test_what_config_may_not_hold_is_named(ask: Ask, config: dict[str, Any], field: str) -> None:
+    response = ask.response(TASK, audio=encode(noise(0)), config=config)
+
+    assert response.status_code == 400
+    assert response.json["field"] == field
+
+
+@pytest.fixture
+def refused(build: Callable[..., Engine], tiny_settings: dict[str, str]) -> Callable[..., str]:
+    """``refused(SETTING=value, ...)`` gives the error of a server whose model cannot be loaded with these settings."""
+
+    def send(**settings: str) -> str:
+        ask = Ask(create_app(build(**tiny_settings | settings)).test_client(), "faster_whisper")
+        response = ask.response(TASK, audio=encode(noise(0)))
+        assert response.status_code == 503
+        return str(response.json["error"])
+
+    return send
+
+
+@pytest.mark.parametrize("file", ["model.bin", "config.json", "tokenizer.json"])
+def test_checkpoint_without_one_of_its_files_is_a_503(refused: Callable[..., str], tmp_path: Path, file: str) -> None:
+    folder = Path(shutil.copytree(checkpoint("faster_whisper"), tmp_path / "checkpoint"))
+    (folder / file).unlink()
+
+    error = refused(FASTER_WHISPER_CHECKPOINT=str(folder))
+
+    assert f"FASTER_WHISPER_CHECKPOINT={folder} is incomplete or broken" in error
+
+
+def test_checkpoint_with_half_its_weights_is_a_503(refused: Callable[..., str], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(checkpoint("faster_whisper"), tmp_path / "checkpoint"))
+    os.truncate(folder / "model.bin", (folder / "model.bin").stat().st_size // 2)
+
+    assert "is incomplete or broken" in refused(FASTER_WHISPER_CHECKPOINT=str(folder))
+
+
+@pytest.mark.parametrize("setting", ["DEVICE=cuda:99", "DEVICE=mps", "DTYPE=bfloat16"])
+def test_device_or_precision_that_is_not_there_is_a_503(refused: Callable[..., str], setting: str) -> None:
+    name, _, value = setting.partition("=")
+
+    assert setting in refused(**{name: value})
+
+
+@pytest.mark.parametrize(("dtype", "computed"), [("auto", "int8_float32"), ("float32", "float32")])
+def test_precision_is_the_one_that_dtype_names(
+    build: Callable[..., Engine], tiny_settings: dict[str, str], dtype: str, computed: str
+) -> None:
+    ask = Ask(create_app(build(**tiny_settings | {"DTYPE": dtype})).test_client(), "faster_whisper")
+
+    ask(TASK, audio=encode(noise(0)), config={"max_new_tokens": 1, "language": "en"})
+
+    assert plugin.provenance() == {
+        "checkpoint": str(checkpoint("faster_whisper")),
+        "revision": "local",
+        "dtype": computed,
+        "device": "cpu",
+    }
+
+
+# Trained weights
+
+
+@pytest.fixture(scope="module")
+def real_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    folder = tmp_path_factory.mktemp("engine")
+    weights = str(whisper_tiny_en.source_folder())
+    settings = {"FASTER_WHISPER_CHECKPOINT": weights, "DEVICE": "cpu", "LOG_PATH": str(folder / "log.txt")}
+    engine = build_engine(SettingsManager(settings, folder / ".env"))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture
+def ask_real(real_engine: Engine) -> Ask:
+    return Ask(create_app(real_engine).test_client(), "faster_whisper")
+
+
+def words(text: str) -> list[str]:
+    return re.sub(r"[^a-z0-9' ]", "", " ".join(text.lower().split())).split()
+
+
+def n_errors(spoken: list[str], understood: list[str]) -> int:
+    """Return how many words must be replaced, left out or added (Levenshtein's distance)."""
+    distances = list(range(len(understood) + 1))
+    for row, word in enumerate(spoken, 1):
+        diagonal, distances[0] = distances[0], row
+        for column, other in enumerate(understood, 1):
+            best = min(distances[column] + 1, distances[column - 1] + 1, diagonal + (word != other))
+            diagonal, distances[column] = distances[column], best
+    return distances[-1]
+
+
+@pytest.mark.weights
+def test_at_most_four_words_in_a_hundred_are_misunderstood(ask_real: Ask) -> None:
+    spoken = words((SENTENCES / "sentences.txt").read_text())
+
+    answer = ask_real(TASK, audio=in_base64(SENTENCES / "sentences.ogg"))
+
+    assert n_errors(spoken, words(answer)) / len(spoken) <= 0.04
+
+
+@pytest.mark.weights
+def test_voice_activity_filter_keeps_the_words_and_their_times(ask_real: Ask) -> None:
+    samples, rate = soundfile.read(whisper_tiny_en.SPEECH_FILE, dtype="float32")
+    quiet = np.concatenate([np.zeros(5 * rate, np.float32), samples[: round(8.5 * rate)]])
+    config = {"vad_filter": True, "timestamps": "words"}
+
+    answer = ask_real(TASK, audio=encode(quiet, rate), config=config)
+
+    (_, _, first), (begin, end, second) = whisper_tiny_en.SPEECH_SENTENCES[:2]
+    assert answer["text"] == f"{first} {second}"
+    assert answer["language"] == "en"
+    assert answer["words"][0]["start"] > 4.5
+    spoken = answer["words"][-len(second.split()) :]
+    assert all(begin + 4.5 < word["start"] < word["end"] < end + 5.5 for word in spoken)
+
+
+@pytest.mark.weights
+def test_voice_activity_filter_hears_nobody_in_noise(ask_real: Ask) -> None:
+    hum = 0.02 * np.random.default_rng(0).normal(size=3 * RATE).astype(np.float32)
+
+    assert ask_real(TASK, audio=encode(hum), config={"vad_filter": True}) == ""
+
+
+@pytest.mark.weights
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [({"language": "de"}, "config.language"), ({"task": "translate"}, "config.task")],
+    ids=str,
+)
+def test_an_english_checkpoint_refuses_other_languages(ask_real: Ask, config: dict[str, Any], field: str) -> None:
+    response = ask_real.response(TASK, audio=encode(noise(0)), config=config)
+
+    assert response.status_code == 400
+    assert response.json["field"] == field
+    assert "English only" in response.json["error"]
