@@ -10,6 +10,7 @@ import base64
 import io
 import os
 import random
+from collections.abc import Sequence
 from typing import Any, ClassVar, Final
 
 from PIL import Image, ImageStat
@@ -159,18 +160,27 @@ class ZeroShot(Workload):
         return decode_image(body["image"]), body["classes"]
 
     def __call__(self, items: list[tuple[Image.Image, list[str]]]) -> list[list[float]]:
+        return self.compare(self.embed([image for image, _ in items]), [classes for _, classes in items])
+
+    def embed(self, images: Sequence[Image.Image]) -> Any:
+        """Return the images' vectors, (n_images, n_dimensions)."""
         import torch
 
-        normalize = torch.nn.functional.normalize
         with torch.inference_mode():
-            pixels = self._image_processor([image for image, _ in items], return_tensors="pt")["pixel_values"]
-            images = normalize(self._model.get_image_features(pixel_values=pixels).pooler_output)
+            pixels = self._image_processor(images, return_tensors="pt")["pixel_values"]
+            return torch.nn.functional.normalize(self._model.get_image_features(pixel_values=pixels).pooler_output)
+
+    def compare(self, images: Any, catalogues: list[list[str]]) -> list[list[float]]:
+        """Return how probable each class of an image's catalogue is for it."""
+        import torch
+
+        with torch.inference_mode():
             # Each catalogue once, however many requests of the batch name it.
-            texts = {catalogue: self._embed(catalogue) for catalogue in {tuple(classes) for _, classes in items}}
+            texts = {catalogue: self._embed(catalogue) for catalogue in set(map(tuple, catalogues))}
             scale = self._model.logit_scale.exp()
             return [
                 (scale * texts[tuple(classes)] @ image).softmax(dim=0).tolist()
-                for image, (_, classes) in zip(images, items, strict=True)
+                for image, classes in zip(images, catalogues, strict=True)
             ]
 
     def _embed(self, classes: tuple[str, ...]) -> Any:
