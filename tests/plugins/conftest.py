@@ -40,7 +40,9 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_settings() -> dict[str, str]:
     """Settings that make every model load its tiny checkpoint."""
-    return {f"{name.upper()}_CHECKPOINT": str(checkpoint(name)) for name in BUILDERS} | {"DEVICE": "cpu"}
+    folders = {f"{name.upper()}_CHECKPOINT": str(checkpoint(name)) for name in BUILDERS}
+    # A process of its own would know the environment's settings alone.
+    return folders | {"DEVICE": "cpu", "SHERPA_ONNX_CONSUMER_TYPE": "single_thread_consumer"}
 
 
 @pytest.fixture(scope="module")

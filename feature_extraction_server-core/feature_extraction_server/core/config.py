@@ -20,6 +20,7 @@ from feature_extraction_server.core.errors import InvalidInput
 
 MAX_NEW_TOKENS = 1024
 DEFAULT_TOP_K = 5
+MAX_SPEAKERS = 100
 
 
 class Config(BaseModel):
@@ -101,6 +102,23 @@ class TextEmbeddingConfig(EmbeddingConfig):
     """What a client may ask of a model that makes vectors of texts."""
 
     count_tokens: bool = False
+
+
+class DiarizationConfig(Config):
+    """What a client may ask of a model that tells speakers apart: how many there are, or within which bounds."""
+
+    num_speakers: int | None = Field(None, ge=1, le=MAX_SPEAKERS)
+    min_speakers: int | None = Field(None, ge=1, le=MAX_SPEAKERS)
+    max_speakers: int | None = Field(None, ge=1, le=MAX_SPEAKERS)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> DiarizationConfig:
+        low, high = self.min_speakers, self.max_speakers
+        if self.num_speakers is not None and (low is not None or high is not None):
+            raise ValueError("num_speakers excludes min_speakers and max_speakers")
+        if low is not None and high is not None and low > high:
+            raise ValueError("min_speakers may not exceed max_speakers")
+        return self
 
 
 def check_config(config_type: type[Config], config: dict[str, Any]) -> dict[str, Any]:

@@ -123,7 +123,7 @@ function segments(parts) {
     "ol",
     { class: "segments" },
     parts.map((part) =>
-      h("li", {}, h("span", { class: "quiet" }, `${time(part.start)} – ${time(part.end)}`), h("span", {}, part.text ?? part.word)),
+      h("li", {}, h("span", { class: "quiet" }, `${time(part.start)} – ${time(part.end)}`), h("span", {}, part.text ?? part.word ?? part.speaker)),
     ),
   );
 }

@@ -33,7 +33,7 @@ export function answerKind(result, values) {
     if (result.length && result.every((value) => typeof value === "string")) return "texts";
     if (result.length && result.every(isNumber)) return classesOf(values, result.length) ? "probabilities" : "embedding";
     if (result.length && result.every((value) => isBox(value?.box))) return "regions";
-    if (result.length && result.every((value) => typeof value?.text === "string")) return "segments";
+    if (result.length && result.every((value) => typeof (value?.text ?? value?.speaker) === "string")) return "segments";
   } else if (result !== null && typeof result === "object") {
     if (Array.isArray(result.boxes) && Array.isArray(result.labels)) return "regions";
     if (Array.isArray(result.labels) && Array.isArray(result.scores)) return "probabilities";
