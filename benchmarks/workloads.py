@@ -167,7 +167,7 @@ class ZeroShot(Workload):
         import torch
 
         with torch.inference_mode():
-            pixels = self._image_processor(images, return_tensors="pt")["pixel_values"]
+            pixels = self._image_processor(list(images), return_tensors="pt")["pixel_values"]
             return torch.nn.functional.normalize(self._model.get_image_features(pixel_values=pixels).pooler_output)
 
     def compare(self, images: Any, catalogues: list[list[str]]) -> list[list[float]]:

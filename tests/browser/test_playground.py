@@ -209,6 +209,18 @@ def test_transcript_is_shown_as_text(site: MakeSite, open_page: OpenPage) -> Non
     expect(run(page).locator("[data-kind=text]")).to_have_text("80 samples at 8000 Hz")
 
 
+def test_who_speaks_when_is_shown_as_a_list_with_times(
+    site: MakeSite, open_page: OpenPage, plugin: Callable[..., None]
+) -> None:
+    answer = '[{"start": 0.001, "end": 0.005, "speaker": 7}]'
+    plugin("models", "listener", f"def load_model(): pass\ndef audio_diarization(audio, config): return [{answer}]")
+    page = open_page(site())
+    choose(page, "audio_diarization", "listener")
+    page.get_by_label("Audio", exact=True).set_input_files(file("a.wav", SOUND, "audio/wav"))
+
+    expect(run(page).locator("[data-kind=segments] li")).to_have_text(["0.00 \u2013 0.01speaker_0"])
+
+
 def test_vectors_are_shown_by_their_length_a_plot_and_their_similarity_to_the_last_one(
     site: MakeSite, open_page: OpenPage, plugin: Callable[..., None]
 ) -> None:

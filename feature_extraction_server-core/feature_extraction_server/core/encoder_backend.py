@@ -1,4 +1,4 @@
-"""Encoders of texts and images by onnxruntime, which is faster than torch on a CPU, where ENCODER_BACKEND says so.
+"""Encoders of texts by onnxruntime, which is faster than torch for single texts on a CPU, by ENCODER_BACKEND.
 
     def add_settings(settings_manager):
         global checkpoint
@@ -23,8 +23,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from PIL import Image
-
 from feature_extraction_server.core import torch_threads
 from feature_extraction_server.core.checkpoints import Checkpoint, nothing_loading
 from feature_extraction_server.core.errors import ModelLoadFailed
@@ -37,9 +35,8 @@ logger = logging.getLogger(__name__)
 
 BACKENDS: Final = ("torch", "onnxruntime")
 _PACKAGES: Final = ("onnxruntime", "onnx", "onnxscript")
-#: How many tokens, or images, onnxruntime gets at once: more would take more memory, and as much time.
+#: How many tokens onnxruntime gets at once, unless a single text has more: more would take more memory.
 MAX_TOKENS: Final = 4096
-MAX_IMAGES: Final = 16
 
 
 class EncoderCheckpoint(Checkpoint):
@@ -55,19 +52,18 @@ class EncoderCheckpoint(Checkpoint):
             type=str,
             default="torch",
             choices=BACKENDS,
-            description="What encoders of texts and images compute with; onnxruntime takes less time on a CPU",
+            description="What encoders of texts compute with; onnxruntime takes less time for single texts on a CPU",
         )
 
-    def speed_up(self, encoder: Any, output: str, image_processor: Any = None) -> None:
+    def speed_up(self, encoder: Any, output: str) -> None:
         """Have an encoder compute with what the setting names, from now on; torch's weights of it are given back.
 
         With onnxruntime, several threads may call the encoder at once: a session's ``run`` may be called so.
 
         Args:
-            encoder: a model of transformers, or one of its towers. It takes ``input_ids`` and ``attention_mask``, int64
-                or boolean (n_texts, n_tokens), or ``pixel_values``, float32 (n_images, 3, height, width).
+            encoder: a model of transformers, or one of its towers, that takes ``input_ids`` and ``attention_mask``, of
+                integers or booleans (n_texts, n_tokens).
             output: what is needed of the encoder's answer, which with onnxruntime holds nothing else.
-            image_processor: of an encoder of images; what it makes of any image is of one size.
 
         Raises:
             ModelLoadFailed: onnxruntime is not installed, does not run where the encoder is to, or cannot take it.
@@ -84,14 +80,9 @@ class EncoderCheckpoint(Checkpoint):
             raise ModelLoadFailed(
                 f"{asked} needs the package {missing[0]}: pip install 'feature_extraction_server-core[onnxruntime]'"
             )
-        if image_processor is None:
-            tokens = torch.ones(2, 4, dtype=torch.int64)
-            inputs = {"input_ids": tokens, "attention_mask": tokens.clone()}
-        else:
-            inputs = {"pixel_values": self.pixel_values(image_processor, [Image.new("RGB", (64, 64))] * 2)}
         started_at = time.monotonic()
         try:
-            _take_over(encoder, output, inputs)
+            _take_over(encoder, output)
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # torch's exporter and onnxruntime raise errors of all sorts
@@ -100,21 +91,21 @@ class EncoderCheckpoint(Checkpoint):
         logger.info("onnxruntime took over %s in %.1f s", type(encoder).__name__, time.monotonic() - started_at)
 
 
-def _take_over(encoder: Any, output: str, inputs: dict[str, torch.Tensor]) -> None:
+def _take_over(encoder: Any, output: str) -> None:
     """Put onnxruntime in the place of an encoder's ``forward``."""
     with tempfile.TemporaryDirectory(prefix="encoder-") as folder:
         path = Path(folder) / "encoder.onnx"
         with nothing_loading(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the libraries' use of each other
-            _export(encoder, output, inputs, path)
+            _export(encoder, output, path)
         for parameter in encoder.parameters():  # their device and precision stay known
             parameter.data = parameter.data.new_empty(0)
         session = _session(path)
-    encoder.forward = _forward(session, output, tuple(inputs))
+    encoder.forward = _forward(session, output)
 
 
-def _export(encoder: Any, output: str, inputs: dict[str, torch.Tensor], path: Path) -> None:
-    """Write an encoder to a file as ONNX, for any number of texts of any length, or of images."""
+def _export(encoder: Any, output: str, path: Path) -> None:
+    """Write an encoder to a file as ONNX, for any number of texts of any length."""
     import torch
 
     class OneOutput(torch.nn.Module):
@@ -122,18 +113,18 @@ def _export(encoder: Any, output: str, inputs: dict[str, torch.Tensor], path: Pa
             super().__init__()
             self.encoder = encoder
 
-        def forward(self, *values: torch.Tensor) -> Any:
-            return getattr(self.encoder(**dict(zip(inputs, values, strict=True))), output)
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+            return getattr(self.encoder(input_ids=input_ids, attention_mask=attention_mask), output)
 
-    any_size = torch.export.Dim.DYNAMIC
-    sizes = tuple({0: any_size} | ({1: any_size} if value.ndim == 2 else {}) for value in inputs.values())
+    tokens = torch.ones(2, 4, dtype=torch.int64)
+    any_size = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is not there
     with torch.no_grad():
         program = torch.onnx.export(
             OneOutput().eval(),
-            tuple(inputs.values()),
-            input_names=list(inputs),
-            dynamic_shapes=(sizes,),
+            (tokens, tokens.clone()),
+            input_names=["input_ids", "attention_mask"],
+            dynamic_shapes=(any_size, any_size),
             dynamo=True,
             verbose=False,
         )
@@ -142,7 +133,7 @@ def _export(encoder: Any, output: str, inputs: dict[str, torch.Tensor], path: Pa
 
 
 def _session(path: Path) -> Any:
-    import onnxruntime
+    import onnxruntime  # type: ignore[import-untyped]
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch_threads.share()
@@ -153,22 +144,20 @@ def _session(path: Path) -> Any:
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
-def _forward(session: Any, output: str, names: tuple[str, ...]) -> Callable[..., Any]:
-    """Return what takes the place of an encoder's ``forward``, and takes as much of its arguments as it needs."""
+def _forward(session: Any, output: str) -> Callable[..., Any]:
+    """Return what takes the place of an encoder's ``forward``; of its other arguments it needs none."""
     import torch
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-    def forward(*values: torch.Tensor, **named: Any) -> Any:
-        inputs = dict(zip(names, values, strict=False)) | named
-        if inputs.get("attention_mask") is None and "attention_mask" in names:
-            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        values = tuple(inputs[name] if name == "pixel_values" else inputs[name].long() for name in names)
-        n_items = MAX_IMAGES if names == ("pixel_values",) else max(1, MAX_TOKENS // values[0].shape[1])
-        runs = zip(*(value.split(n_items) for value in values), strict=True)
-        answers = []
-        for run in runs:
-            (answer,) = session.run(None, {name: value.numpy() for name, value in zip(names, run, strict=True)})
-            answers.append(torch.from_numpy(answer))
-        return BaseModelOutputWithPooling(**{output: torch.cat(answers)})
+    def forward(input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **others: Any) -> Any:
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
+        n_texts = max(1, MAX_TOKENS // input_ids.shape[1])
+        parts = []
+        for start in range(0, len(input_ids), n_texts):
+            some = slice(start, start + n_texts)
+            inputs = {"input_ids": input_ids[some].numpy(), "attention_mask": mask[some].numpy()}
+            parts.append(torch.from_numpy(session.run(None, inputs)[0]))
+        answer: Any = {output: torch.cat(parts)}
+        return BaseModelOutputWithPooling(**answer)
 
     return forward

@@ -9,22 +9,22 @@ from typing import Any
 
 from PIL import Image
 
+from feature_extraction_server.core.checkpoints import Checkpoint
 from feature_extraction_server.core.config import EmbeddingConfig
 from feature_extraction_server.core.embeddings import as_vectors, cut_strips
-from feature_extraction_server.core.encoder_backend import EncoderCheckpoint
 from feature_extraction_server.core.settings import SettingsManager
 
 config_types = {"image_embedding": EmbeddingConfig}
 image_sizes = {"image_embedding": 256}
 
-checkpoint: EncoderCheckpoint
+checkpoint: Checkpoint
 model: Any
 image_processor: Any
 
 
 def add_settings(settings_manager: SettingsManager) -> None:
     global checkpoint
-    checkpoint = EncoderCheckpoint(settings_manager, "dino_v2_vits14", "facebook/dinov2-small")
+    checkpoint = Checkpoint(settings_manager, "dino_v2_vits14", "facebook/dinov2-small")
 
 
 def load_model() -> None:
@@ -33,7 +33,6 @@ def load_model() -> None:
 
     image_processor = checkpoint.load_processor(BitImageProcessorPil)
     model = checkpoint.load_model(Dinov2Model)
-    checkpoint.speed_up(model, "pooler_output", image_processor)
 
 
 def image_embedding(image: list[Image.Image], config: dict[str, Any]) -> list[Any]:

@@ -45,7 +45,6 @@ def load_model() -> None:
     tokenizer = checkpoint.load_processor(AutoTokenizer)
     model = checkpoint.load_model(CLIPModel)
     checkpoint.speed_up(model.text_model, "pooler_output")
-    checkpoint.speed_up(model.vision_model, "pooler_output", image_processor)
 
 
 def image_embedding(image: list[Image.Image], config: dict[str, Any]) -> list[Any]:

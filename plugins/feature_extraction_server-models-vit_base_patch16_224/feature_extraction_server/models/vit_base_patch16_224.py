@@ -9,21 +9,21 @@ from typing import Any
 
 from PIL.Image import Image
 
+from feature_extraction_server.core.checkpoints import Checkpoint
 from feature_extraction_server.core.config import DEFAULT_TOP_K, ClassificationConfig
-from feature_extraction_server.core.encoder_backend import EncoderCheckpoint
 from feature_extraction_server.core.settings import SettingsManager
 
 config_types = {"image_classification": ClassificationConfig}
 image_sizes = {"image_classification": 224}
 
-checkpoint: EncoderCheckpoint
+checkpoint: Checkpoint
 model: Any
 image_processor: Any
 
 
 def add_settings(settings_manager: SettingsManager) -> None:
     global checkpoint
-    checkpoint = EncoderCheckpoint(settings_manager, "vit_base_patch16_224", "google/vit-base-patch16-224")
+    checkpoint = Checkpoint(settings_manager, "vit_base_patch16_224", "google/vit-base-patch16-224")
 
 
 def load_model() -> None:
@@ -32,7 +32,6 @@ def load_model() -> None:
 
     image_processor = checkpoint.load_processor(ViTImageProcessorPil)
     model = checkpoint.load_model(ViTForImageClassification)
-    checkpoint.speed_up(model.vit, "last_hidden_state", image_processor)
 
 
 def image_classification(image: list[Image], config: dict[str, Any]) -> list[dict[str, list[Any]]]:
