@@ -62,6 +62,15 @@ def test_setting_on_the_command_line_is_in_force(dev_server: StartServer) -> Non
     assert server.post("/extract", {"image": PNG}).json() == ["40x30 (255, 0, 0)"]
 
 
+def test_setting_on_the_command_line_reaches_a_model_in_a_process_of_its_own(dev_server: StartServer) -> None:
+    server = dev_server("--fake-slow-consumer-type", "process_consumer", "--fake-seconds", "0.25")
+
+    server.post("/api/models/fake_slow/tasks/image_captioning/features", {"image": PNG})
+
+    (pid,) = server.get("/api/models/fake_slow/status").json()["pids"]
+    assert psutil.Process(pid).environ()["FAKE_SECONDS"] == "0.25"
+
+
 def test_models_to_preload_are_started(dev_server: StartServer) -> None:
     server = dev_server("--preload-models", "fake_echo, fake_broken")
 

@@ -201,17 +201,23 @@ class SettingsManager:
         for check in self._checks:
             check()
 
-    def read_command_line(self, arguments: Sequence[str], description: str) -> None:
-        """Take options such as ``--log-level DEBUG``; ``--help`` lists all settings. Exits with 2 on a bad option."""
+    def read_command_line(self, arguments: Sequence[str], description: str) -> dict[str, str]:
+        """Take options such as ``--log-level DEBUG``; ``--help`` lists all settings. Exits with 2 on a bad option.
+
+        Returns:
+            What was given, by the settings' names.
+        """
         parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
         for setting in self.all():
             default = "none" if setting.default is None else setting.default
             text = f"{setting.description} ({setting.allowed()}; default: {default})"
             option = "--" + setting.name.lower().replace("_", "-")
             parser.add_argument(option, dest=setting.name, metavar="VALUE", help=text.replace("%", "%%"))
-        given = vars(parser.parse_args(arguments))
-        self._command_line.update({name: value for name, value in given.items() if value is not None})
+        options = vars(parser.parse_args(arguments))
+        given = {name: value for name, value in options.items() if value is not None}
+        self._command_line.update(given)
         self._values.clear()
+        return given
 
     @cached_property
     def _dotenv(self) -> Mapping[str, str | None]:

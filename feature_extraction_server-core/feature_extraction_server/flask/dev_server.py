@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -30,9 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description="The port of the development server; 0 takes a free one",
     )
     given = sys.argv[1:] if arguments is None else arguments
-    engine = build_engine(
-        settings, configure=lambda settings: settings.read_command_line(given, "Feature Extraction Server")
-    )
+
+    def configure(settings: SettingsManager) -> None:
+        # The processes that this one starts know no command line.
+        os.environ.update(settings.read_command_line(given, "Feature Extraction Server"))
+
+    engine = build_engine(settings, configure=configure)
     app = create_app(engine)
     try:
         server = make_server(host.get(), port.get(), app, threaded=True)
