@@ -6,6 +6,7 @@ import base64
 import importlib
 import io
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -34,6 +35,10 @@ from feature_extraction_server.core.setup import build_engine  # noqa: E402
 from feature_extraction_server.flask.app import create_app  # noqa: E402
 
 START_TIMEOUT_S = 60
+
+# A shell's job in the background ignores it, as would every process that the tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
