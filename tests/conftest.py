@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import importlib
 import io
 import os
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +37,30 @@ from feature_extraction_server.core.setup import build_engine  # noqa: E402
 from feature_extraction_server.flask.app import create_app  # noqa: E402
 
 START_TIMEOUT_S = 60
+#: Folders of tests, those with the longest files first: what begins last should end soon.
+LONGEST_FIRST = ("ray", "browser", "process", "packaging", "docs", "plugins", "http", "client", "core")
 
 # A shell's job in the background ignores it, as would every process that the tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Bring the tests into the order in which several processes end at about the same time (``.ci/test``)."""
+    items.sort(key=lambda item: [folder in item.path.parts for folder in LONGEST_FIRST], reverse=True)
+
+
 @pytest.fixture(scope="session")
 def lasting_process() -> psutil.Process | None:
     """A process that is to outlive a test, together with its children; a folder's own ``conftest`` may have one."""
     return None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_garbage_collection() -> None:
+    """Let collections pass over what is there already, libraries and tests: a model's end waits for a whole one."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +70,8 @@ def nothing_left_behind(lasting_process: psutil.Process | None) -> Iterator[None
     deadline = time.monotonic() + 10
     while time.monotonic() < deadline:
         threads = [thread.name for thread in threading.enumerate() if thread.name.startswith("consumer-")]
+        if not threads and not _has_children():
+            return
         lasting = {lasting_process, *lasting_process.children(recursive=True)} if lasting_process else set()
         found = set(psutil.Process().children(recursive=True)) - lasting
         children = [child for child in found if child.is_running() and child.status() != "zombie"]
@@ -61,6 +79,15 @@ def nothing_left_behind(lasting_process: psutil.Process | None) -> Iterator[None
             return
         time.sleep(0.01)
     pytest.fail(f"left behind: threads {threads}, processes {children}")
+
+
+def _has_children() -> bool:
+    """Ask the system, which takes no search through all processes."""
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
 
 
 @pytest.fixture
@@ -165,37 +192,44 @@ def server_environment(folder: Path, **settings: str) -> dict[str, str]:
     return inherited | own | settings
 
 
-@pytest.fixture
-def gunicorn(tmp_path: Path) -> Iterator[Callable[..., Server]]:
-    """``gunicorn(*arguments, SETTING=value, ...)`` starts a real gunicorn and returns it when it answers."""
+def gunicorn_command(port: int, *arguments: str) -> list[str]:
+    target = "feature_extraction_server.flask.entrypoint:entrypoint()"
+    # The socket that gunicorn is controlled by is the user's: all servers would share it. Its end takes seconds.
+    options = ["-b", f"127.0.0.1:{port}", "--no-control-socket", *arguments]
+    return [sys.executable, "-m", "gunicorn", *options, target]
+
+
+def dev_server_command(port: int, *options: str) -> list[str]:
+    return [sys.executable, str(ROOT / "dev_server.py"), "--host", "127.0.0.1", "--port", str(port), *options]
+
+
+@contextmanager
+def starting(folder: Path, command: Callable[..., list[str]]) -> Iterator[Callable[..., Server]]:
+    """Give what starts servers by ``command(port, *arguments)`` and returns each when it answers; end them all."""
     servers: list[Server] = []
 
     def start(*arguments: str, **settings: str) -> Server:
         port = free_port()
-        target = "feature_extraction_server.flask.entrypoint:entrypoint()"
-        command = [sys.executable, "-m", "gunicorn", "-b", f"127.0.0.1:{port}", *arguments, target]
-        servers.append(Server(command, port, tmp_path, server_environment(tmp_path, **settings)))
+        servers.append(Server(command(port, *arguments), port, folder, server_environment(folder, **settings)))
         return servers[-1].wait_until_ready()
 
     yield start
     for server in servers:
         server.stop()
+
+
+@pytest.fixture
+def gunicorn(tmp_path: Path) -> Iterator[Callable[..., Server]]:
+    """``gunicorn(*arguments, SETTING=value, ...)`` starts a real gunicorn and returns it when it answers."""
+    with starting(tmp_path, gunicorn_command) as start:
+        yield start
 
 
 @pytest.fixture
 def dev_server(tmp_path: Path) -> Iterator[Callable[..., Server]]:
     """``dev_server(*options, SETTING=value, ...)`` starts ``dev_server.py`` and returns it when it answers."""
-    servers: list[Server] = []
-
-    def start(*options: str, **settings: str) -> Server:
-        port = free_port()
-        command = [sys.executable, str(ROOT / "dev_server.py"), "--host", "127.0.0.1", "--port", str(port), *options]
-        servers.append(Server(command, port, tmp_path, server_environment(tmp_path, **settings)))
-        return servers[-1].wait_until_ready()
-
-    yield start
-    for server in servers:
-        server.stop()
+    with starting(tmp_path, dev_server_command) as start:
+        yield start
 
 
 def encode_image(image: Image.Image, format: str = "PNG", **options: Any) -> str:

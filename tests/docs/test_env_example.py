@@ -45,7 +45,9 @@ def run_python(*arguments: str) -> str:
 def settings() -> list[list[Any]]:
     """Name, description, allowed values and default of every setting of the development server."""
     told: list[list[Any]] = json.loads(run_python("-c", _SETTINGS))
-    return told
+    names = [name for name, *_ in told]
+    by_model = re.compile(rf"({'|'.join(names)}) of the model \S+, in place of what holds for all")
+    return [one for one in told if not by_model.match(one[1])]
 
 
 def entry(name: str, description: str, allowed: str, default: object) -> str:

@@ -19,7 +19,7 @@ def checkout(tmp_path: Path) -> Path:
     """The commands in a directory of their own, whose tools only print their name (python is what runs pytest)."""
     shutil.copytree(ROOT / ".ci", tmp_path / ".ci")
     shutil.copy(ROOT / "Makefile", tmp_path)
-    for name in ("dev_requirements.txt", "dev_weights.txt"):
+    for name in ("dev_requirements.txt", "dev_weights.txt", "dev_pyannote.txt"):
         (tmp_path / name).touch()
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     for tool in TOOLS:

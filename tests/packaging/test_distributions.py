@@ -37,6 +37,14 @@ def metadata_of(wheel: Path) -> Message:
 
 
 @every_distribution
+def test_distribution_is_built_by_flit(source: Path) -> None:
+    assert pyproject(source)["build-system"] == {
+        "requires": ["flit_core >=4,<5"],
+        "build-backend": "flit_core.buildapi",
+    }
+
+
+@every_distribution
 def test_wheel_holds_what_its_folder_has_of_the_namespace(source: Path, wheels: dict[str, Path]) -> None:
     files = (file for file in (source / "feature_extraction_server").rglob("*") if file.is_file())
     expected = {str(file.relative_to(source)) for file in files if "__pycache__" not in file.parts}

@@ -1,20 +1,16 @@
-"""Real gunicorn processes: HTTP as clients send it, many at once, and ends of every kind."""
+"""Real gunicorn processes: clients that leave, many at once, and ends of every kind."""
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
 import re
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -22,7 +18,8 @@ import requests
 from PIL import Image
 
 from tests.conftest import Server, encode_image, free_port, server_environment
-from tests.http.bad_requests import BAD_REQUESTS, CAPTION, PNG, SETTINGS, BadRequest, faults
+from tests.http.bad_requests import CAPTION, PNG
+from tests.process.raw_http import connect, post
 from tests.waiting import at_once, wait_until
 
 pytestmark = pytest.mark.process
@@ -34,161 +31,21 @@ SLOW = "/api/tasks/image_captioning/models/fake_slow/features"
 GOOD = json.dumps({"image": PNG}).encode()
 
 
-def address(server: Server) -> tuple[str, int]:
-    host, _, port = server.url.removeprefix("http://").partition(":")
-    return host, int(port)
-
-
-def send(server: Server, data: bytes) -> tuple[int, dict[str, str], bytes]:
-    """Send all of ``data`` before reading anything, and return the answer's status, headers and body."""
-    with socket.create_connection(address(server), timeout=30) as connection:
-        connection.sendall(data)
-        return read_answer(connection)
-
-
-def read_answer(connection: socket.socket) -> tuple[int, dict[str, str], bytes]:
-    response = http.client.HTTPResponse(connection)
-    response.begin()
-    return response.status, {name.lower(): value for name, value in response.getheaders()}, response.read()
-
-
-def post(path: str, body: bytes, *headers: str) -> bytes:
-    lines = [
-        f"POST {path} HTTP/1.1",
-        "Host: localhost",
-        "Content-Type: application/json",
-        "Connection: close",
-        *headers,
-    ]
-    return "\r\n".join([*lines, "", ""]).encode() + body
-
-
-def chunked(body: bytes, size: int) -> bytes:
-    chunks = [body[i : i + size] for i in range(0, len(body), size)]
-    return b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in [*chunks, b""])
-
-
-def ask(server: Server, bad: BadRequest) -> list[str]:
-    connection = http.client.HTTPConnection(*address(server), timeout=30)
-    try:
-        headers = {"Content-Type": bad.content_type} if bad.content_type else {}
-        connection.request(bad.method, bad.path, bad.body, headers)
-        response = connection.getresponse()
-        return faults(bad, response.status, response.getheader("Content-Type"), response.read())
-    finally:
-        connection.close()
-
-
 @pytest.fixture(params=["gunicorn", "dev_server"])
 def server(request: pytest.FixtureRequest) -> StartServer:
-    """Start either kind of server, with the bad requests' settings."""
+    """Start either kind of server."""
     start: StartServer = request.getfixturevalue(request.param)
     options = ("--preload", "--worker-class", "gthread", "--threads", "4") if request.param == "gunicorn" else ()
-    return lambda **settings: start(*options, **(SETTINGS | settings))
+    return lambda **settings: start(*options, **settings)
 
 
-# Bad requests
-
-
-def test_server_answers_right_after_every_bad_request(gunicorn: StartServer) -> None:
-    server = gunicorn("--preload", "--threads", "4", **SETTINGS)
-
-    found: dict[str, Any] = {}
-    for bad in BAD_REQUESTS:
-        wrong = ask(server, bad)
-        afterwards = server.post(CAPTION, {"image": PNG})
-        if wrong or afterwards.json() != ["40x30 (255, 0, 0)"]:
-            found[bad.name] = wrong, afterwards.text
-
-    assert found == {}
-    assert "Traceback" not in server.log()
-
-
-def test_body_that_is_too_large_is_refused_after_it_was_sent_completely(server: StartServer) -> None:
-    body = json.dumps({"image": "A" * 30_000_000}).encode()
-
-    status, headers, answer = send(server(), post(CAPTION, body, f"Content-Length: {len(body)}"))
-
-    assert (status, headers["content-type"]) == (413, "application/json")
-    assert json.loads(answer)["code"] == "too_large"
-
-
-@pytest.mark.parametrize("path", [CAPTION, "/api/models/nobody/tasks/image_captioning/features", "/nowhere"])
-def test_client_libraries_see_the_refusal_of_a_large_body(gunicorn: StartServer, path: str) -> None:
-    server = gunicorn("--preload", "--worker-class", "gthread", "--threads", "4", **SETTINGS)
-    body = json.dumps({"image": "A" * 30_000_000}).encode()
-
-    with requests.Session() as session:
-        answers = [
-            session.post(server.url + path, data=body, headers={"Content-Type": "application/json"}, timeout=60)
-            for _ in range(2)
-        ]
-
-    assert [answer.status_code for answer in answers] == [413 if path == CAPTION else 404] * 2
-
-
-@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-def test_curl_sees_the_refusal_of_a_large_body(server: StartServer, tmp_path: Path) -> None:
-    body = tmp_path / "body.json"
-    body.write_bytes(b'{"image": "' + b"A" * 30_000_000)
-    url = server().url + CAPTION
-
-    command = ["curl", "-sS", "-H", "Content-Type: application/json", "--data-binary", f"@{body}", url]
-    result = subprocess.run(command, capture_output=True, timeout=60, check=True)
-
-    assert json.loads(result.stdout)["code"] == "too_large"
-    assert result.stderr == b""
-
-
-@pytest.mark.parametrize("chunk_size", [100, 100_000])
-def test_chunked_body_is_taken(server: StartServer, chunk_size: int) -> None:
-    data = post(CAPTION, chunked(GOOD, chunk_size), "Transfer-Encoding: chunked")
-
-    status, _, answer = send(server(), data)
-
-    assert (status, json.loads(answer)) == (200, ["40x30 (255, 0, 0)"])
-
-
-def test_chunked_body_that_is_too_large_is_refused(server: StartServer) -> None:
-    body = chunked(GOOD.ljust(3_000_000), 65536)
-
-    status, _, answer = send(server(), post(CAPTION, body, "Transfer-Encoding: chunked"))
-
-    assert status == 413
-    assert json.loads(answer)["code"] == "too_large"
-
-
-@pytest.mark.parametrize(
-    "body",
-    [
-        pytest.param(b"zz\r\n{}\r\n0\r\n\r\n", id="a size that is no number"),
-        pytest.param(b"2\r\n{}xx0\r\n\r\n", id="a chunk longer than its size"),
-    ],
-)
-def test_malformed_chunks_are_refused(gunicorn: StartServer, body: bytes) -> None:
-    server = gunicorn("--preload", "--worker-class", "gthread", "--threads", "4")
-
-    status, headers, answer = send(server, post(CAPTION, body, "Transfer-Encoding: chunked"))
-
-    assert (status, headers["content-type"]) == (400, "application/json")
-    assert json.loads(answer)["code"] == "invalid_input"
-
-
-def test_body_that_ends_early_is_refused_and_the_next_request_answered(server: StartServer) -> None:
-    running = server()
-    with socket.create_connection(address(running), timeout=30) as connection:
-        connection.sendall(post(CAPTION, GOOD[:20], f"Content-Length: {len(GOOD)}"))
-        connection.shutdown(socket.SHUT_WR)
-        status, headers, _ = read_answer(connection)
-
-    assert (status, headers["content-type"]) == (400, "application/json")
-    assert running.post(CAPTION, {"image": PNG}).ok
+# Clients that leave, and that stall
 
 
 def test_client_that_leaves_during_its_request_disturbs_nobody(server: StartServer) -> None:
     running = server(FAKE_SECONDS="0.2", LOG_LEVEL="DEBUG")
     for data in (post(SLOW, GOOD, f"Content-Length: {len(GOOD)}"), post(SLOW, GOOD[:9], "Content-Length: 999")):
-        with socket.create_connection(address(running), timeout=30) as connection:
+        with connect(running) as connection:
             connection.sendall(data)
 
     assert running.post(SLOW, {"image": PNG}).ok
@@ -197,7 +54,7 @@ def test_client_that_leaves_during_its_request_disturbs_nobody(server: StartServ
 
 def test_requests_that_stall_do_not_block_others(gunicorn: StartServer) -> None:
     server = gunicorn("--preload", "--worker-class", "gthread", "--threads", "8")
-    stalled = [socket.create_connection(address(server), timeout=30) for _ in range(6)]
+    stalled = [connect(server) for _ in range(6)]
     for index, connection in enumerate(stalled):
         data = post(CAPTION, GOOD[:20], f"Content-Length: {len(GOOD)}")
         connection.sendall(data[: 30 if index % 2 else len(data)])
@@ -207,13 +64,6 @@ def test_requests_that_stall_do_not_block_others(gunicorn: StartServer) -> None:
     for connection in stalled:
         connection.close()
     assert answer.ok
-
-
-@pytest.mark.parametrize(("method", "n_bytes"), [("HEAD", 0), ("OPTIONS", 0)])
-def test_head_and_options_have_no_body(server: StartServer, method: str, n_bytes: int) -> None:
-    answer = requests.request(method, server().url + "/api/tasks/list", timeout=30)
-
-    assert (answer.status_code, len(answer.content)) == (200, n_bytes)
 
 
 # Many at once

@@ -105,7 +105,7 @@ def test_what_a_function_raises_is_its_requests_error_and_the_process_lives(
 
 
 def test_a_model_that_hangs_is_a_504_and_its_process_is_replaced(build: Build) -> None:
-    client = create_app(build(REQUEST_TIMEOUT="1", RESULT_CHECK_INTERVAL="0.02")).test_client()
+    client = create_app(build(REQUEST_TIMEOUT="2", RESULT_CHECK_INTERVAL="0.02")).test_client()
     client.application.test_client().post(f"/api/models/{MODEL}/start")
     wait_until(lambda: status(client)["state"] == "running")
     (pid,) = status(client)["pids"]
@@ -216,7 +216,7 @@ def test_the_consumer_type_of_any_model_can_be_set(build: Build, picture: str) -
 
 @pytest.mark.parametrize("width", [40, 4], ids=["idle", "hung"])
 def test_the_processes_of_a_killed_engine_end(gunicorn: Callable[..., Server], width: int) -> None:
-    server = gunicorn("--preload", "-k", "gthread", "--threads", "4", REQUEST_TIMEOUT="2")
+    server = gunicorn("--preload", "-k", "gthread", "--threads", "4")
     server.post(PATH, body(40))
     if width == 4:
         with ThreadPoolExecutor(1) as executor:
