@@ -171,6 +171,11 @@ def test_model_is_started_and_stopped(client: Client) -> None:
             {"boxes": [[0, 0, 40, 30]], "labels": ["picture"], "scores": [1]},
             id="detect",
         ),
+        pytest.param(
+            lambda c: c.transcribe(recording([0.0] * 12), "fake_scribe", {"language": "de"}, "segments")["segments"][0],
+            {"start": 0, "end": 0.002, "text": "Tom & Jerry --> <ran>"},
+            id="transcribe with times",
+        ),
         pytest.param(lambda c: c.run("fake_shout", text="hey", mark="?"), "HEY?", id="hand-written task"),
     ],
 )
@@ -183,6 +188,15 @@ def test_convenience_gives_the_tasks_result(client: Client, ask: Callable[[Clien
     [
         pytest.param(lambda c: c.embed(png()), "/api/tasks/image_embedding/features", id="embed"),
         pytest.param(lambda c: c.embed_text("a", "m"), "/api/tasks/text_embedding/models/m/features", id="embed text"),
+        pytest.param(lambda c: c.embed_query("a"), "/api/tasks/text_query_embedding/features", id="embed query"),
+        pytest.param(lambda c: c.read(png()), "/api/tasks/optical_character_recognition/features", id="read"),
+        pytest.param(lambda c: c.faces(png()), "/api/tasks/face_embedding/features", id="faces"),
+        pytest.param(lambda c: c.diarize(b"a"), "/api/tasks/audio_diarization/features", id="diarize"),
+        pytest.param(
+            lambda c: c.detect(png(), "m", classes=["cat"]),
+            "/api/tasks/zero_shot_object_detection/models/m/features",
+            id="detect classes",
+        ),
         pytest.param(lambda c: c.describe_task("a/b ?"), "/api/tasks/a%2Fb%20%3F", id="name with special characters"),
     ],
 )
@@ -193,6 +207,33 @@ def test_function_asks_the_route_of_its_task(scripted: Scripted, ask: Callable[[
         ask(client)
 
     assert [request.path for request in server.requests] == [path]
+
+
+def test_picture_is_classified_by_the_models_own_classes_without_others(scripted: Scripted) -> None:
+    server = scripted((200, {}, '{"labels": ["tabby", "tiger"], "scores": [0.8, 0.1]}'))
+
+    with Client(server.url) as client:
+        classes = client.classify(png())
+
+    assert classes == {"tabby": 0.8, "tiger": 0.1}
+    assert server.requests[0].path == "/api/tasks/image_classification/features"
+
+
+@pytest.mark.parametrize("image", [png(), "a text is no file"], ids=["a file", "JSON"])
+def test_result_comes_with_its_origin_where_that_is_asked_for(scripted: Scripted, image: Any) -> None:
+    server = scripted((200, {}, '{"result": [0.6, 0.8], "meta": {"revision": "abc"}}'))
+
+    with Client(server.url) as client:
+        answer = client.run_with_meta("image_embedding", "m", image=image)
+
+    assert answer == ([0.6, 0.8], {"revision": "abc"})
+    assert server.requests[0].path == "/api/tasks/image_embedding/models/m/features?meta=1"
+
+
+def test_origin_is_that_of_the_models_weights(client: Client) -> None:
+    _, meta = client.run_with_meta("image_captioning", "fake_echo", image=png())
+
+    assert (meta["task"], meta["model"], "checkpoint" in meta) == ("image_captioning", "fake_echo", True)
 
 
 def test_path_of_the_url_comes_before_every_route(scripted: Scripted) -> None:
@@ -361,6 +402,14 @@ def test_many_outcomes_come_in_the_inputs_order(client: Client) -> None:
     outcomes = client.run_many("image_captioning", inputs, "fake_echo", concurrency=8)
 
     assert captions(outcomes) == [[f"{width}x8 (0, 0, 0)"] for width in widths]
+
+
+@pytest.mark.parametrize("meta", [True, False])
+def test_outcomes_tell_their_origins_where_it_is_asked_for(client: Client, meta: bool) -> None:
+    good, bad = client.run_many("image_captioning", [{"image": png()}, {"image": b"?"}], "fake_echo", meta=meta)
+
+    assert good.result == [RED]
+    assert (good.meta is not None, bad.meta) == (meta, None)
 
 
 def test_input_that_fails_does_not_stop_the_others(client: Client, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from PIL import Image
 
 from feature_extraction_server.client import cli
 from tests.client.conftest import Answer, Done, Request, ScriptedServer
-from tests.conftest import CLIENT, Server, free_port
+from tests.conftest import CLIENT, PLUGIN_PATH, Server, free_port
 from tests.media_files import recording
 from tests.waiting import TIMEOUT_S, wait_until
 
@@ -32,10 +32,25 @@ Scripted = Callable[..., ScriptedServer]
 README = (CLIENT / "README.md").read_text()
 OK: Answer = (200, {}, '["fine"]')
 ECHO = ("--model", "fake_echo")
+# A model of the tasks that fake_echo lacks.
+FINDER = """
+def load_model(): pass
+def image_classification(image, config): return [{"labels": ["cat"], "scores": [1.0]} for _ in image]
+def zero_shot_object_detection(image, classes, config): return [{"boxes": [], "labels": [], "scores": []}]
+def optical_character_recognition(image, config): return [[{"text": "a", "box": [0, 0, 1, 1], "confidence": 1.0}]]
+def face_embedding(image, config): return [[] for _ in image]
+def audio_diarization(audio, config): return [[] for _ in audio]
+"""
+FINDER_TASKS = (
+    "image_classification",
+    "zero_shot_object_detection",
+    "optical_character_recognition",
+    "face_embedding",
+    "audio_diarization",
+)
 ECHO_TASKS = (
     "image_captioning",
     "conditional_image_captioning",
-    "automated_speech_recognition",
     "zero_shot_image_classification",
     "object_detection",
 )
@@ -143,6 +158,107 @@ def test_text_is_embedded(fes: Fes, scripted: Scripted) -> None:
     assert {request.path for request in server.requests} == {"/api/tasks/text_embedding/features"}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "answer", "text"),
+    [
+        (["classify", "a.png"], {"labels": ["cat", "dog"], "scores": [0.75, 0.2]}, " 75.0%  cat\n 20.0%  dog\n"),
+        (
+            ["detect", "a.png", "--classes", "cat"],
+            {"boxes": [[1, 2, 3, 4]], "labels": ["cat"], "scores": [0.5]},
+            " 50.0%  cat  1 2 3 4\n",
+        ),
+        (["read", "a.png"], "two\nlines", "two\nlines\n"),
+        (
+            ["read", "a.png", "--config", '{"detail": true}'],
+            [{"text": "line", "box": [1, 2, 3, 4], "confidence": 0.9}],
+            "1 2 3 4  line\n",
+        ),
+        (
+            ["faces", "a.png"],
+            [{"box": [1, 2, 30, 40], "score": 2.5, "embedding": [0.6, 0.8]}],
+            "1 2 30 40  2.5  2 numbers of length 1: [0.6, 0.8]\n",
+        ),
+        (
+            ["diarize", "a.wav"],
+            [{"start": 0.4, "end": 12.5, "speaker": "speaker_0"}],
+            "    0.40    12.50  speaker_0\n",
+        ),
+        (
+            ["transcribe", "a.wav", "--timestamps", "segments"],
+            {"text": "Good morning.", "segments": [{"start": 0, "end": 1.25, "text": "Good morning."}]},
+            "    0.00     1.25  Good morning.\n",
+        ),
+        (
+            ["transcribe", "a.wav", "--timestamps", "words"],
+            {"text": "Hi.", "segments": [], "words": [{"start": 0, "end": 1, "text": " Hi."}]},
+            "    0.00     1.00  Hi.\n",
+        ),
+        (["embed", "--query", "a cat"], [0.6, 0.8], "2 numbers of length 1: [0.6, 0.8]\n"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) and isinstance(value[0], str) else "",
+)
+def test_result_of_each_task_is_text_for_people(
+    fes: Fes,
+    scripted: Scripted,
+    pictures: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    answer: Any,
+    text: str,
+) -> None:
+    (pictures / "a.wav").write_bytes(recording([0.0] * 3))
+    monkeypatch.chdir(pictures)
+    server = scripted((200, {}, json.dumps(answer)))
+
+    done = fes(*arguments, "--no-json", "--url", server.url)
+
+    assert (done.status, done.out, done.err) == (0, text, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "path"),
+    [
+        (["classify", "a.png"], "image_classification/features"),
+        (["detect", "a.png", "--classes", "cat"], "zero_shot_object_detection/features"),
+        (["embed", "--query", "a"], "text_query_embedding/features"),
+        (["faces", "a.png", "--meta"], "face_embedding/features?meta=1"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_command_asks_the_route_of_its_task(
+    fes: Fes, scripted: Scripted, pictures: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], path: str
+) -> None:
+    monkeypatch.chdir(pictures)
+    server = scripted((200, {}, '{"result": [], "meta": {}}'))
+
+    fes(*arguments, "--url", server.url)
+
+    assert [request.path for request in server.requests] == [f"/api/tasks/{path}"]
+
+
+def test_times_are_asked_for_along_with_other_config(fes: Fes, scripted: Scripted, pictures: Path) -> None:
+    (pictures / "a.wav").write_bytes(recording([0.0] * 3))
+    server = scripted(OK)
+
+    fes(
+        "transcribe", pictures / "a.wav", "--config", '{"language": "en"}', "--timestamps", "words", "--url", server.url
+    )
+
+    assert b'{"language": "en", "timestamps": "words"}' in server.requests[0].body
+
+
+@pytest.mark.usefixtures("url")
+@pytest.mark.parametrize("command", [["caption"], ["run", "image_captioning", "--image"]], ids=["caption", "run"])
+def test_origin_comes_with_each_result_where_it_is_asked_for(fes: Fes, pictures: Path, command: list[str]) -> None:
+    files = [pictures / "a.png", pictures / "b.png"]
+
+    origins = [line["meta"] for line in lines(fes(*command, *files, *ECHO, "--meta"))]
+    shown = fes(*command, files[0], *ECHO, "--meta", "--no-json")
+
+    assert [origin["model"] for origin in origins] == ["fake_echo"] * 2
+    assert shown.out == "10x8 (255, 0, 0)\n(fake_echo)\n"
+
+
 def test_what_a_terminal_would_act_on_is_not_printed(fes: Fes, scripted: Scripted, pictures: Path) -> None:
     server = scripted((200, {}, '["\\u001b[2Jhello"]'))
 
@@ -206,6 +322,7 @@ def test_name_that_is_no_text_is_printed_all_the_same(url: str, pictures: Path) 
         (["caption", "*.gif"], "no file is called like *.gif"),
         (["transcribe", "."], "there is no audio file in ."),
         (["embed"], "name pictures, or a text by --text"),
+        (["embed", "--text", "a", "--query", "b"], "name pictures, or a text by --text"),
         (["stop"], "name the models to stop, or --all"),
         (["detect", ".", "--draw", "out.png"], "--draw must be a folder that exists, to draw over 3 pictures"),
         (["detect", "data:,", "--draw", "out.png"], "--draw needs pictures that are files"),
@@ -467,11 +584,17 @@ def test_readme_tells_every_exit_status_of_the_help() -> None:
 
 
 @pytest.mark.process
-def test_readmes_commands_work_against_a_real_server(gunicorn: Callable[..., Server], tmp_path: Path) -> None:
-    tasks = [task.upper() for task in ECHO_TASKS]
-    server = gunicorn("-k", "gthread", "--threads", "8", **{f"DEFAULT_MODEL_{task}": "fake_echo" for task in tasks})
+def test_readmes_commands_work_against_a_real_server(
+    gunicorn: Callable[..., Server], plugin: Callable[[str, str, str], None], tmp_path: Path
+) -> None:
+    plugin("models", "fake_finder", FINDER)
+    models = dict.fromkeys(ECHO_TASKS, "fake_echo") | dict.fromkeys(FINDER_TASKS, "fake_finder")
+    models["automated_speech_recognition"] = "fake_scribe"
+    settings = {f"DEFAULT_MODEL_{task.upper()}": model for task, model in models.items()}
+    settings["PYTHONPATH"] = os.pathsep.join([str(tmp_path / "plugins"), *PLUGIN_PATH])
+    server = gunicorn("-k", "gthread", "--threads", "8", **settings)
     (tmp_path / "talk.mp3").write_bytes(recording([0.0] * 400, "MP3", "MPEG_LAYER_III"))
-    for name in ("cat.jpg", "street.jpg"):
+    for name in ("cat.jpg", "street.jpg", "page.png", "people.jpg"):
         Image.new("RGB", (40, 30), "red").save(tmp_path / name)
     commands = re.findall(r"^(fes (?!new-plugin|embed|caption photos).*?)(?: +#.*)?$", README, re.MULTILINE)
     script = "\n".join(

@@ -101,7 +101,7 @@ def test_input_is_dropped_when_the_job_ends(store: JobStore, tmp_path: Path) -> 
     first = claimed(store)
     assert store.payload(first) == {"text": "secret"}
 
-    store.succeed(first, "1")
+    store.succeed(first, "1", "{}")
     store.fail(claimed(store), ERROR)
     store.cancel(jobs[2].id)
 
@@ -113,7 +113,7 @@ def test_result_that_comes_after_the_cancellation_is_dropped(store: JobStore) ->
     running = claimed(store)
 
     assert store.cancel(job.id)
-    store.succeed(running, '"late"')
+    store.succeed(running, '"late"', "{}")
 
     found = store.get(job.id)
     assert found is not None
@@ -165,7 +165,7 @@ def test_jobs_that_crashed_run_one_at_a_time_beside_others(store: JobStore) -> N
 
     assert [first.id, second.id] == [crashed[0].id, fresh.id]
     assert store.claim([]) is None
-    store.succeed(first, "1")
+    store.succeed(first, "1", "{}")
     assert claimed(store).id == crashed[1].id
 
 
@@ -181,7 +181,7 @@ def test_a_job_given_back_does_not_count_as_crashed(store: JobStore) -> None:
 def test_ended_jobs_expire_and_others_do_not(make_store: MakeStore) -> None:
     store = make_store(ttl_s=0)
     ended, queued = add(store), add(store)
-    store.succeed(claimed(store), "1")
+    store.succeed(claimed(store), "1", "{}")
 
     assert store.get(ended.id) is None
     store.expire()
@@ -221,3 +221,18 @@ def test_file_of_another_release_is_refused(tmp_path: Path) -> None:
 
     with pytest.raises(sqlite3.DatabaseError, match="another release"):
         JobStore(tmp_path / "other.sqlite3", 60)
+
+
+def test_file_of_the_first_release_keeps_its_jobs_and_is_used_further(make_store: MakeStore, tmp_path: Path) -> None:
+    store = make_store()
+    before, after = add(store), add(store)
+    store.succeed(claimed(store), "1", '{"model": "model"}')
+    store.close()
+    sql(tmp_path / "jobs.sqlite3", "ALTER TABLE jobs DROP COLUMN meta")
+    sql(tmp_path / "jobs.sqlite3", "PRAGMA user_version = 1")
+
+    store = make_store()
+    store.succeed(claimed(store), "2", '{"model": "model"}')
+
+    found = [store.get(job.id) for job in (before, after)]
+    assert [(job.result, job.meta) for job in found if job] == [(1, None), (2, {"model": "model"})]

@@ -166,6 +166,10 @@ def test_broken_exif_is_ignored(exif: bytes) -> None:
             id="RGB, a transparent colour",
         ),
         pytest.param(encode_image(Image.new("L", (2, 2), 7), transparency=7), (255, 255, 255), id="grey, one value"),
+        pytest.param(
+            encode_image(Image.new("I;16", (2, 2), 7), transparency=7), (255, 255, 255), id="16 bit, one value"
+        ),
+        pytest.param(encode_image(Image.new("I;16", (2, 2), 32896), transparency=7), (128,) * 3, id="16 bit, another"),
         pytest.param(encode_image(Image.new("1", (2, 2), 0), transparency=0), (255, 255, 255), id="1 bit, one value"),
     ],
 )
@@ -185,6 +189,10 @@ def test_transparency_lies_over_white(data: str, expected: tuple[int, ...]) -> N
         pytest.param(Image.new("I;16", (2, 2), 32896), "TIFF", 128, id="16 bit TIFF"),
         pytest.param(Image.frombytes("I;16B", (1, 1), b"\x80\x80"), "TIFF", 128, id="16 bit, big-endian"),
         pytest.param(Image.new("I", (2, 2), 2**30), "TIFF", 128, id="32 bit"),
+        pytest.param(Image.new("F", (2, 2), 0.5), "TIFF", 128, id="numbers up to 1"),
+        pytest.param(Image.new("F", (2, 2), 77.0), "TIFF", 77, id="numbers up to 255"),
+        pytest.param(Image.new("F", (2, 2), 32896.0), "TIFF", 128, id="numbers up to 65535"),
+        pytest.param(Image.new("F", (2, 2), -1.0), "TIFF", 0, id="negative numbers"),
         pytest.param(Image.new("L", (2, 2), 77), "PNG", 77, id="8 bit"),
         pytest.param(Image.new("1", (2, 2), 1), "PNG", 255, id="1 bit, white"),
         pytest.param(Image.new("1", (2, 2), 0), "PNG", 0, id="1 bit, black"),

@@ -27,6 +27,7 @@ from tests.waiting import TIMEOUT_S, wait_until
 
 ECHO = "/api/tasks/image_captioning/models/fake_echo/jobs"
 GATED = "/api/tasks/image_captioning/models/gated/jobs"
+VERSIONED = "/api/tasks/image_captioning/models/versioned/jobs"
 UNLUCKY = "/api/tasks/image_captioning/models/unlucky/jobs"
 WAIT = "?wait=60"
 
@@ -66,12 +67,43 @@ def image_captioning(image, config):
     return [[f"call {calls}"] for _ in image]
 """
 
+# A model whose revision is told by VERSIONED_REVISION when it is loaded, and whose calls end when the test lets them.
+VERSIONED_SOURCE = """
+import os
+import threading
+
+calls = []
+passes = threading.Semaphore(0)
+
+def load_model():
+    global revision
+    revision = os.environ["VERSIONED_REVISION"]
+
+def provenance():
+    return {"checkpoint": "mine", "revision": revision}
+
+def image_captioning(image, config):
+    calls.append([picture.width for picture in image])
+    assert passes.acquire(timeout=120)
+    return [[f"{picture.width} of {revision}"] for picture in image]
+"""
+
 
 @pytest.fixture
 def gated(plugin: Callable[[str, str, str], None]) -> Iterator[Any]:
     """The module of a model ``gated``: ``gated.passes.release()`` lets one call end; ``gated.calls`` has the widths."""
     plugin("models", "gated", GATED_SOURCE)
     module = importlib.import_module("feature_extraction_server.models.gated")
+    yield module
+    module.passes.release(1000)
+
+
+@pytest.fixture
+def versioned(plugin: Callable[[str, str, str], None], monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The module of a model ``versioned``, like ``gated``, whose first revision is ``one``."""
+    plugin("models", "versioned", VERSIONED_SOURCE)
+    monkeypatch.setenv("VERSIONED_REVISION", "one")
+    module = importlib.import_module("feature_extraction_server.models.versioned")
     yield module
     module.passes.release(1000)
 
@@ -343,6 +375,76 @@ def test_a_job_that_always_loses_its_model_fails_in_the_end(
     assert (job["state"], job["error"]["code"]) == ("failed", "model_unavailable")
 
 
+# Where a result comes from
+
+
+@pytest.mark.parametrize("asked", ["", "&meta=1", "&meta=true"])
+def test_a_result_tells_where_it_comes_from(client_with: MakeClient, versioned: Any, asked: str) -> None:
+    client = client_with()
+    versioned.passes.release()
+
+    job = json_of(client.get(submit(client, VERSIONED + f"?{asked[1:]}", 1) + WAIT + asked))
+
+    origin = {"checkpoint": "mine", "revision": "one", "dtype": None, "device": None, "plugin_version": None}
+    assert job["result"] == ["1 of one"]
+    assert job["meta"].items() >= (origin | {"task": "image_captioning", "model": "versioned"}).items()
+    assert job["meta"]["computed_seconds"] > 0
+
+
+def test_a_result_comes_without_its_origin_where_that_is_not_wanted(client: FlaskClient) -> None:
+    location = submit(client, ECHO, 1)
+
+    job = json_of(client.get(location + WAIT + "&meta=0"))
+
+    assert "result" in job
+    assert "meta" not in job
+
+
+def test_meta_in_the_query_is_no_key_of_the_input(client: FlaskClient) -> None:
+    file = io.BytesIO()
+    Image.new("RGB", (4, 3)).save(file, "PNG")
+
+    accepted = client.post(ECHO + "?meta=1", data=file.getvalue(), content_type="image/png")
+
+    assert json_of(client.get(accepted.headers["Location"] + WAIT))["result"] == ["4x3 (0, 0, 0)"]
+
+
+@pytest.mark.parametrize("method", ["POST", "GET"])
+def test_meta_that_is_neither_yes_nor_no_is_refused(client: FlaskClient, picture: str, method: str) -> None:
+    path = ECHO if method == "POST" else submit(client, ECHO, 1)
+
+    response = client.open(path + "?meta=2", method=method, json={"image": picture})
+
+    assert (response.status_code, json_of(response)["field"]) == (400, "meta")
+
+
+def test_all_items_of_a_result_come_from_the_same_weights_though_they_change_meanwhile(
+    client_with: MakeClient, versioned: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = client_with(MAX_BATCH_SIZE="2")
+    location = submit(client, VERSIONED, 1, 2, 3, 4, 5)
+    wait_until(lambda: len(versioned.calls) == 1)
+    wait_until(lambda: json_of(client.get("/api/models/versioned/status"))["queue_depth"] == 1)
+
+    monkeypatch.setenv("VERSIONED_REVISION", "two")
+    client.post("/api/models/versioned/stop")
+    versioned.passes.release(10)
+
+    job = json_of(client.get(location + WAIT))
+    assert job["result"] == [[f"{width} of two"] for width in range(1, 6)]
+    assert job["meta"]["revision"] == "two"
+    assert job["progress"] == {"done": 5, "total": 5}
+    assert sum(map(len, versioned.calls)) == 5 + 4
+
+
+def test_a_batch_tells_the_times_of_all_its_pieces(client_with: MakeClient) -> None:
+    client = client_with(MAX_BATCH_SIZE="1", FAKE_SECONDS="0.02")
+
+    job = json_of(client.get(submit(client, ECHO.replace("fake_echo", "fake_slow"), 2, 3, 4, 5) + WAIT))
+
+    assert job["meta"]["computed_seconds"] >= 4 * 0.02
+
+
 # Waiting
 
 
@@ -498,6 +600,25 @@ def test_jobs_that_were_not_done_run_after_a_restart_unasked(
     wait_until(lambda: count(path, "succeeded") == 4)
     client = second.test_client()
     assert [json_of(client.get(location))["result"] for location in locations] == [[f"{n} wide"] for n in (1, 2, 3, 4)]
+
+
+def test_results_keep_their_origins_over_a_restart_with_other_weights(
+    build: Callable[..., Engine], versioned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "jobs.sqlite3"
+    first = build(JOBS_PATH=str(path), MAX_BATCH_SIZE="1")
+    locations = [submit(create_app(first).test_client(), VERSIONED, width) for width in (1, 2)]
+    versioned.passes.release()
+    wait_until(lambda: count(path, "succeeded") == 1)
+    assert first.jobs is not None
+    first.jobs.close()
+
+    monkeypatch.setenv("VERSIONED_REVISION", "two")
+    versioned.passes.release(10)
+    client = create_app(build(JOBS_PATH=str(path))).test_client()
+
+    jobs = [json_of(client.get(location + WAIT)) for location in locations]
+    assert [(job["result"], job["meta"]["revision"]) for job in jobs] == [(["1 of one"], "one"), (["2 of two"], "two")]
 
 
 def count(path: Path, state: str) -> int:

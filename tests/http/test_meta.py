@@ -146,10 +146,9 @@ def test_meta_in_the_query_is_no_key_of_the_input(mine: FlaskClient, kind: str) 
     assert json_of(response)["meta"]["model"] == "mine"
 
 
-@pytest.mark.parametrize(
-    "path", ["/extract?task=image_captioning&model=mine&meta=1", "/api/tasks/image_captioning/models/mine/jobs?meta=1"]
-)
-def test_other_routes_take_it_for_a_key_of_the_input_as_ever(mine: FlaskClient, path: str) -> None:
+def test_legacy_routes_take_it_for_a_key_of_the_input_as_ever(mine: FlaskClient) -> None:
+    path = "/extract?task=image_captioning&model=mine&meta=1"
+
     response = mine.post(path, data=base64.b64decode(WIDE), content_type="image/png")
 
     assert response.status_code == 400

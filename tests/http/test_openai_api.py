@@ -23,7 +23,7 @@ from demo import whisper_tiny_en
 from dev_server import ROOT
 from feature_extraction_server.core.engine import Engine
 from feature_extraction_server.flask.app import create_app
-from tests.conftest import Server, free_port, server_environment
+from tests.conftest import Server, gunicorn_command, starting
 from tests.http.conftest import MakeClient, json_of
 from tests.media_files import recording
 from tests.waiting import wait_until
@@ -452,21 +452,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A gunicorn whose models are a real MiniLM and a real Whisper."""
     folder = tmp_path_factory.mktemp("server")
     whisper = whisper_tiny_en.build(ROOT / ".cache" / "checkpoints" / "whisper_tiny_en")
-    environment = server_environment(
-        folder,
-        ALL_MINILM_L6_V2_CHECKPOINT=str(minilm.get_model_path()),
-        WHISPER_CHECKPOINT=str(whisper),
-        DEVICE="cpu",
-        OMP_NUM_THREADS="1",
-    )
-    port = free_port()
-    target = "feature_extraction_server.flask.entrypoint:entrypoint()"
-    command = [sys.executable, "-m", "gunicorn", "-b", f"127.0.0.1:{port}", "--threads", "8", target]
-    running = Server(command, port, folder, environment)
-    try:
-        yield running.wait_until_ready()
-    finally:
-        running.stop()
+    settings = {
+        "ALL_MINILM_L6_V2_CHECKPOINT": str(minilm.get_model_path()),
+        "WHISPER_CHECKPOINT": str(whisper),
+        "DEVICE": "cpu",
+        "OMP_NUM_THREADS": "1",
+    }
+    with starting(folder, gunicorn_command) as start:
+        yield start("--threads", "8", **settings)
 
 
 @pytest.fixture(scope="module")

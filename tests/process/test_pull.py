@@ -50,7 +50,10 @@ def load_model():
         weights = (folder / "model.bin").read_bytes()
 
 def provenance():
-    return {}
+    return {"revision": checkpoint.revision}
+
+def text_embedding(text, config):
+    return [[float(len(weights))] for _ in text]
 """
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -99,7 +102,15 @@ def cached(folder: Path, name: str) -> set[str]:
     return {str(path.relative_to(snapshots)) for path in snapshots.rglob("*") if path.is_file()}
 
 
-def test_pulled_model_answers_without_the_hub(
+def hub_model_files(tmp_path: Path) -> Path:
+    """Make a repository of ``hub_model``, of 102 bytes."""
+    (folder := tmp_path / "repository").mkdir()
+    (folder / "config.json").write_bytes(b"{}")
+    (folder / "model.bin").write_bytes(bytes(100))
+    return folder
+
+
+def test_pulled_model_answers_without_the_hub_and_tells_its_commit(
     pull: Run, gunicorn: Callable[..., Server], hub_settings: dict[str, str]
 ) -> None:
     with running_hub() as hub:
@@ -107,11 +118,13 @@ def test_pulled_model_answers_without_the_hub(
         pulled = pull("all_minilm_l6_v2", HF_ENDPOINT=hub.url)
     server = gunicorn(**hub_settings | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "1"})
 
-    response = server.post("/api/models/all_minilm_l6_v2/tasks/text_embedding/features", {"text": "a cat"})
+    response = server.post("/api/models/all_minilm_l6_v2/tasks/text_embedding/features?meta=1", {"text": "a cat"})
 
     assert pulled.returncode == 0, pulled.stderr
     assert response.status_code == 200, response.json()
-    assert len(response.json()) == 32
+    assert len(response.json()["result"]) == 32
+    told = {"checkpoint": MINILM, "revision": commit(MINILM, "main"), "dtype": "float32", "device": "cpu"}
+    assert response.json()["meta"].items() >= told.items()
 
 
 def test_pulled_files_are_all_that_each_model_needs(
@@ -151,6 +164,26 @@ def test_pull_takes_the_revision_that_is_set(hub: Hub, pull: Run, tmp_path: Path
     assert pulled.returncode == 0, pulled.stderr
     assert f"{MINILM}, commit {commit(MINILM, 'v2')}" in pulled.stdout
     assert {Path(file).parts[0] for file in cached(tmp_path, MINILM)} == {commit(MINILM, "v2")}
+
+
+def test_answers_and_status_tell_which_commit_was_downloaded_by_a_process_of_its_own(
+    hub: Hub,
+    hub_settings: dict[str, str],
+    gunicorn: Callable[..., Server],
+    plugin: Callable[[str, str, str], None],
+    tmp_path: Path,
+) -> None:
+    plugin("models", "hub_model", HUB_MODEL)
+    path = os.pathsep.join([str(tmp_path / "plugins"), *PLUGIN_PATH])
+    hub.add("owner/name", hub_model_files(tmp_path), "v2")
+    settings = {"HUB_MODEL_REVISION": "v2", "HUB_MODEL_CONSUMER_TYPE": "process_consumer", "PYTHONPATH": path}
+    server = gunicorn(**hub_settings | settings)
+
+    answer = server.post("/api/models/hub_model/tasks/text_embedding/features?meta=1", {"text": "a cat"}).json()
+    status = server.get("/api/models/hub_model/status").json()
+
+    assert answer["meta"]["revision"] == commit("owner/name", "v2")
+    assert status["provenance"]["revision"] == commit("owner/name", "v2")
 
 
 def test_second_pull_downloads_nothing(hub: Hub, pull: Run) -> None:
@@ -227,10 +260,7 @@ def test_status_tells_how_far_a_download_has_come(
 ) -> None:
     plugin("models", "hub_model", HUB_MODEL)
     path = os.pathsep.join([str(tmp_path / "plugins"), *PLUGIN_PATH])
-    (folder := tmp_path / "repository").mkdir()
-    (folder / "config.json").write_bytes(b"{}")
-    (folder / "model.bin").write_bytes(bytes(100))
-    hub.add("owner/name", folder)
+    hub.add("owner/name", hub_model_files(tmp_path))
     hub.hold(".bin")
     server = gunicorn(**hub_settings, HUB_MODEL_CONSUMER_TYPE=consumer_type, PYTHONPATH=path)
 

@@ -66,6 +66,9 @@ def batch_options() -> argparse.ArgumentParser:
         metavar="N",
         help=f"how many requests to have running (default: {DEFAULT_CONCURRENCY})",
     )
+    batch.add_argument(
+        "--meta", action="store_true", help="tell of each result where it comes from: the weights, the device and more"
+    )
     return batch
 
 
@@ -121,6 +124,7 @@ def read_task_arguments(client: Client, options: argparse.Namespace) -> TaskArgu
     given = vars(parser.parse_args(options.rest))
     # A field of the same name takes an option's place.
     options.model, options.concurrency = given.get("model"), given.get("concurrency", DEFAULT_CONCURRENCY)
+    options.meta = given.get("meta", False)
     return _gather(fields, given)
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from feature_extraction_server.client.client import Client, Outcome
 from feature_extraction_server.client.errors import FesError, Unreachable
 from feature_extraction_server.client.items import Item
-from feature_extraction_server.client.show import printable, show
+from feature_extraction_server.client.show import printable, show, show_meta
 
 #: Errors that are not one input's: every other request would meet them too.
 _EVERYONES_STATUSES: Final = (401, 403, 404, 405)
@@ -41,14 +41,15 @@ def run_batch(
     Raises:
         Unreachable: there is no server to ask.
     """
-    outcomes = client.run_many(task, (item.inputs for item in items), options.model, options.concurrency)
+    inputs = (item.inputs for item in items)
+    outcomes = client.run_many(task, inputs, options.model, options.concurrency, options.meta)
     n_failed = 0
     with contextlib.closing(outcomes), _Output(options.json, len(items), classes) as output:
         for item, outcome in zip(items, outcomes, strict=False):
             if isinstance(outcome.error, Unreachable):
                 raise outcome.error
             error = outcome.error or _call(then, item, outcome)
-            output.write(item, outcome.result, error)
+            output.write(item, outcome, error)
             n_failed += error is not None
             if _is_everyones(error):
                 break
@@ -86,14 +87,17 @@ class _Output:
     ) -> None:
         self._bar.close()
 
-    def write(self, item: Item, result: Any, error: Exception | None) -> None:
-        """Write what became of one item."""
+    def write(self, item: Item, outcome: Outcome, error: Exception | None) -> None:
+        """Write what became of one item; an error, if there is one, which need not be the outcome's."""
         with self._bar.external_write_mode(file=sys.stdout):  # the bar makes room where it is on the same terminal
             if self._as_json:
-                answer = {"result": result} if error is None else _error_object(error, item)
+                answer = _answer_object(outcome) if error is None else _error_object(error, item)
                 sys.stdout.write(json.dumps(item.labels | answer, ensure_ascii=False) + "\n")
             elif error is None:
-                sys.stdout.write(self._headed(item, show(result, self._classes)) + "\n")
+                text = show(outcome.result, self._classes)
+                if outcome.meta is not None:
+                    text += f"\n{show_meta(outcome.meta)}"
+                sys.stdout.write(self._headed(item, text) + "\n")
             sys.stdout.flush()
             if error is not None:
                 message = _error_object(error, item)["error"]
@@ -104,6 +108,10 @@ class _Output:
         if self._n_items == 1:
             return text
         return f"{printable(item.name)}:{chr(10) if chr(10) in text else ' '}{text}"
+
+
+def _answer_object(outcome: Outcome) -> dict[str, Any]:
+    return {"result": outcome.result} | ({} if outcome.meta is None else {"meta": outcome.meta})
 
 
 def _error_object(error: Exception, item: Item) -> dict[str, Any]:

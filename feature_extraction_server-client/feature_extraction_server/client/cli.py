@@ -111,17 +111,34 @@ def caption(client: Client, options: argparse.Namespace) -> int:
 
 
 def transcribe(client: Client, options: argparse.Namespace) -> int:
+    if options.timestamps is not None:
+        options.config = {**(options.config or {}), "timestamps": options.timestamps}
     return _run_files(client, options, "automated_speech_recognition", "audio")
 
 
+def diarize(client: Client, options: argparse.Namespace) -> int:
+    return _run_files(client, options, "audio_diarization", "audio")
+
+
 def classify(client: Client, options: argparse.Namespace) -> int:
-    return _run_files(client, options, "zero_shot_image_classification", "image", classes=options.classes)
+    task = "image_classification" if options.classes is None else "zero_shot_image_classification"
+    return _run_files(client, options, task, "image", classes=options.classes)
 
 
 def detect(client: Client, options: argparse.Namespace) -> int:
     files = expand_files(options.files, "image")
     draw = _drawing(Path(options.draw), files) if options.draw else None
-    return run_batch(client, options, "object_detection", combine({"image": files}, _once(options)), then=draw)
+    task = "object_detection" if options.classes is None else "zero_shot_object_detection"
+    items = combine({"image": files}, _once(options, options.classes))
+    return run_batch(client, options, task, items, then=draw)
+
+
+def read(client: Client, options: argparse.Namespace) -> int:
+    return _run_files(client, options, "optical_character_recognition", "image")
+
+
+def faces(client: Client, options: argparse.Namespace) -> int:
+    return _run_files(client, options, "face_embedding", "image")
 
 
 def _drawing(target: Path, files: Sequence[Value]) -> Callable[[Item, Any], None]:
@@ -147,12 +164,12 @@ def _drawing(target: Path, files: Sequence[Value]) -> Callable[[Item, Any], None
 
 
 def embed(client: Client, options: argparse.Namespace) -> int:
-    if bool(options.files) == bool(options.text):
-        raise UsageError("name pictures, or a text by --text")
+    if sum(map(bool, (options.files, options.text, options.query))) != 1:
+        raise UsageError("name pictures, or a text by --text, or what is searched for by --query")
     if options.files:
         return _run_files(client, options, "image_embedding", "image")
-    items = combine({"text": [read_text(text) for text in options.text]}, _once(options))
-    return run_batch(client, options, "text_embedding", items)
+    items = combine({"text": [read_text(text) for text in options.text or options.query]}, _once(options))
+    return run_batch(client, options, "text_embedding" if options.text else "text_query_embedding", items)
 
 
 def _run_files(
@@ -302,17 +319,27 @@ def _add_task_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
     batch.add_argument("--config", type=config_object, metavar="JSON", help="arguments of the model's own")
     files = argparse.ArgumentParser(add_help=False)
     files.add_argument("files", nargs="+", metavar="FILE")
+    classes: dict[str, Any] = {
+        "type": string_list,
+        "help": "the classes, as cat,dog or a JSON list (default: those that the model knows)",
+    }
 
     captions = add("caption", caption, "Caption pictures.", [batch, files])
     captions.add_argument("--text", help="a text that the caption continues")
-    add("transcribe", transcribe, "Write down what is spoken in recordings.", [batch, files])
+    transcribed = add("transcribe", transcribe, "Write down what is spoken in recordings.", [batch, files])
+    transcribed.add_argument("--timestamps", choices=("segments", "words"), help="tell the times of each, too")
+    add("diarize", diarize, "Find out who speaks when in recordings.", [batch, files])
     classified = add("classify", classify, "Tell how probable classes are for pictures.", [batch, files])
-    classified.add_argument("--classes", type=string_list, required=True, help="as cat,dog or a JSON list")
+    classified.add_argument("--classes", **classes)
     detected = add("detect", detect, "Find objects in pictures.", [batch, files])
+    detected.add_argument("--classes", **classes)
     detected.add_argument("--draw", metavar="FILE", help="draw them over the picture (for many: the name of a folder)")
+    add("read", read, "Read the text in pictures.", [batch, files])
+    add("faces", faces, "Find the faces in pictures, and turn each into a vector.", [batch, files])
     embedded = add("embed", embed, "Turn pictures or texts into vectors.", [batch])
     embedded.add_argument("files", nargs="*", metavar="FILE")
     embedded.add_argument("--text", action="append", help="a text in place of pictures; - reads standard input")
+    embedded.add_argument("--query", action="append", help="likewise, but a text that is searched for")
 
     any_task = add("run", run_task, "Run any task: fes run TASK --help tells its options.")
     any_task.add_argument("task", metavar="TASK")

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import io
 from collections import deque
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Final, Self, TypedDict
+from typing import Any, Final, Self
 from urllib.parse import quote
 
 import urllib3
@@ -22,7 +22,8 @@ from urllib3.exceptions import (
 )
 
 from feature_extraction_server.client.errors import ConnectionFailed, FesError, ServerError, TimedOut, Unreachable
-from feature_extraction_server.client.media import Media, as_media, form_body, has_files, json_body, read_files
+from feature_extraction_server.client.features import Features
+from feature_extraction_server.client.media import form_body, has_files, json_body, read_files
 
 #: Longer than the server's own REQUEST_TIMEOUT (600 s), so that its error comes first.
 DEFAULT_TIMEOUT_S: Final = 630.0
@@ -35,23 +36,19 @@ DEFAULT_CONCURRENCY: Final = 64
 _BLOCK_BYTES: Final = 1 << 18
 
 
-class Detections(TypedDict):
-    """The objects in a picture: the lists have one element an object, a box is [xmin, ymin, xmax, ymax] in pixels."""
-
-    boxes: list[list[float]]
-    labels: list[str]
-    scores: list[float]
-
-
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one of many requests: its result, or the error in its place."""
+    """What became of one of many requests: its result, or the error in its place.
+
+    ``meta`` says where the result comes from, as ``Client.run_with_meta`` returns it; None unless it was asked for.
+    """
 
     result: Any = None
     error: FesError | OSError | None = None
+    meta: dict[str, Any] | None = None
 
 
-class Client:
+class Client(Features):
     """A feature extraction server. One client may be used from many threads.
 
     Args:
@@ -167,22 +164,35 @@ class Client:
         """
         return self._run(task, model, inputs)
 
+    def run_with_meta(self, task: str, model: str | None = None, **inputs: Any) -> tuple[Any, dict[str, Any]]:
+        """Run a task as ``run`` does, and return its result and where that comes from.
+
+        Returns:
+            the result, and a dict with the task and model, the ``checkpoint`` (the weights) with its ``revision``,
+            ``dtype``, ``device`` and more. Vectors are comparable where checkpoint, revision and dtype are the same.
+        """
+        answer = self._ask(task, model, inputs, meta=True)
+        return answer["result"], answer["meta"]
+
     def run_many(
         self,
         task: str,
         inputs: Iterable[Mapping[str, Any]],
         model: str | None = None,
         concurrency: int = DEFAULT_CONCURRENCY,
+        meta: bool = False,
     ) -> Generator[Outcome, None, None]:
         """Run a task on many inputs, ``concurrency`` of them at a time, and yield the outcomes in the inputs' order.
 
         An input is a dict of what ``run`` takes as keyword arguments. Inputs are taken, and files read, only as
-        requests get free. An input that fails does not keep the others from running.
+        requests get free. An input that fails does not keep the others from running. With ``meta``, each outcome has
+        what ``run_with_meta`` returns besides the result.
         """
 
         def run(one: Mapping[str, Any]) -> Outcome:
             try:
-                return Outcome(self._run(task, model, one))
+                answer = self._ask(task, model, one, meta=meta)
+                return Outcome(answer["result"], meta=answer["meta"]) if meta else Outcome(answer)
             except (FesError, OSError) as error:
                 return Outcome(error=error)
 
@@ -202,74 +212,29 @@ class Client:
             # Whoever gives up the outcomes does not wait for the requests that run.
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def caption(
-        self,
-        image: Media | str,
-        text: str | None = None,
-        model: str | None = None,
-        config: Mapping[str, Any] | None = None,
-    ) -> list[str]:
-        """Return captions of a picture; with ``text``, such as continue it.
-
-        Here and below, a string names a file or is a URL. Raises what ``run`` does.
-        """
-        inputs = {"image": as_media(image), "config": config}
-        if text is None:
-            return self._run("image_captioning", model, inputs)  # type: ignore[no-any-return]
-        return self._run("conditional_image_captioning", model, inputs | {"text": text})  # type: ignore[no-any-return]
-
-    def transcribe(self, audio: Media | str, model: str | None = None, config: Mapping[str, Any] | None = None) -> Any:
-        """Return what is spoken in a recording: a text, unless ``config`` asks for more."""
-        return self._run("automated_speech_recognition", model, {"audio": as_media(audio), "config": config})
-
-    def classify(
-        self,
-        image: Media | str,
-        classes: Sequence[str],
-        model: str | None = None,
-        config: Mapping[str, Any] | None = None,
-    ) -> dict[str, float]:
-        """Return the probability of each class for a picture."""
-        inputs = {"image": as_media(image), "classes": list(classes), "config": config}
-        return dict(zip(classes, self._run("zero_shot_image_classification", model, inputs), strict=True))
-
-    def detect(
-        self, image: Media | str, model: str | None = None, config: Mapping[str, Any] | None = None
-    ) -> Detections:
-        """Return the objects in a picture."""
-        inputs = {"image": as_media(image), "config": config}
-        return self._run("object_detection", model, inputs)  # type: ignore[no-any-return]
-
-    def embed(
-        self, image: Media | str, model: str | None = None, config: Mapping[str, Any] | None = None
-    ) -> list[float]:
-        """Return the embedding of a picture."""
-        inputs = {"image": as_media(image), "config": config}
-        return self._run("image_embedding", model, inputs)  # type: ignore[no-any-return]
-
-    def embed_text(self, text: str, model: str | None = None, config: Mapping[str, Any] | None = None) -> list[float]:
-        """Return the embedding of a text."""
-        return self._run("text_embedding", model, {"text": text, "config": config})  # type: ignore[no-any-return]
-
     # HTTP
 
     def _run(self, task: str, model: str | None, inputs: Mapping[str, Any]) -> Any:
+        return self._ask(task, model, inputs)
+
+    def _ask(self, task: str, model: str | None, inputs: Mapping[str, Any], *, meta: bool = False) -> Any:
+        query = "?meta=1" if meta else ""
         route = ["tasks", task, *(["models", model] if model else []), "features"]
         files = read_files({key: value for key, value in inputs.items() if value is not None})
         if self._takes_forms and has_files(files):
             try:
-                return self._request("POST", *route, body=form_body(files))
+                return self._request("POST", *route, query=query, body=form_body(files))
             except ServerError as error:
                 if error.status != 415:
                     raise
                 self._takes_forms = False  # a server that takes JSON alone
-        return self._request("POST", *route, body=json_body(files))
+        return self._request("POST", *route, query=query, body=json_body(files))
 
     def _get(self, *route: str) -> Any:
         return self._request("GET", *route)
 
-    def _request(self, method: str, *route: str, body: tuple[bytes, str] | None = None) -> Any:
-        url = "/".join([self.url, "api", *(quote(part, safe="") for part in route)])
+    def _request(self, method: str, *route: str, query: str = "", body: tuple[bytes, str] | None = None) -> Any:
+        url = "/".join([self.url, "api", *(quote(part, safe="") for part in route)]) + query
         content, content_type = body or (b"", "")
         headers = self._headers | {"Content-Length": str(len(content)), "Content-Type": content_type}
         response = self._send(method, url, content, headers if body else self._headers)

@@ -24,7 +24,24 @@ def show(result: Any, classes: Sequence[str] | None = None) -> str:
         return _vector(result)
     if isinstance(result, Mapping) and {"boxes", "labels", "scores"} <= result.keys():
         return _detections(result)
+    if isinstance(result, Mapping) and {"labels", "scores"} <= result.keys():
+        return _probabilities(result["scores"], result["labels"])
+    if isinstance(result, Mapping) and {"text", "segments"} <= result.keys():
+        return _times(result.get("words", result["segments"]), "text")
+    if _is_list_of(result, Mapping):
+        if all({"start", "end", "speaker"} <= one.keys() for one in result):
+            return _times(result, "speaker")
+        if all({"box", "score", "embedding"} <= one.keys() for one in result):
+            return _faces(result)
+        if all({"box", "text"} <= one.keys() for one in result):
+            return table([[_box(one["box"]), printable(one["text"])] for one in result])
     return printable(json.dumps(result, ensure_ascii=False, indent=2))
+
+
+def show_meta(meta: Mapping[str, Any]) -> str:
+    """Return as one line of text where a result comes from."""
+    told = [meta[key] for key in ("model", "checkpoint", "revision", "dtype", "device") if meta.get(key) is not None]
+    return printable(f"({', '.join(map(str, told))})")
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -62,7 +79,20 @@ def _vector(numbers: Sequence[float]) -> str:
 
 def _detections(result: Mapping[str, Any]) -> str:
     rows = [
-        [f"{score:6.1%}", printable(label), " ".join(f"{edge:.0f}" for edge in box)]
+        [f"{score:6.1%}", printable(label), _box(box)]
         for box, label, score in zip(result["boxes"], result["labels"], result["scores"], strict=True)
     ]
     return table(rows) or "nothing found"
+
+
+def _box(box: Sequence[float]) -> str:
+    return " ".join(f"{edge:.0f}" for edge in box)
+
+
+def _faces(faces: Sequence[Mapping[str, Any]]) -> str:
+    return table([[_box(face["box"]), f"{face['score']:.3g}", _vector(face["embedding"])] for face in faces])
+
+
+def _times(timed: Sequence[Mapping[str, Any]], what: str) -> str:
+    rows = [[f"{one['start']:8.2f} {one['end']:8.2f}", printable(one[what]).strip()] for one in timed]
+    return table(rows) or "nothing is said"

@@ -16,13 +16,13 @@ import sqlite3
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from feature_extraction_server.core.errors import (
     ClientDisconnected,
@@ -36,8 +36,9 @@ from feature_extraction_server.core.errors import (
     SettingError,
 )
 from feature_extraction_server.core.job_store import MAX_CRASHES, JobState, JobStore, StoredJob
+from feature_extraction_server.core.provenance import meta_of
 from feature_extraction_server.core.settings import Setting, SettingsManager
-from feature_extraction_server.core.tracking import RequestRecord, current
+from feature_extraction_server.core.tracking import Origin, RequestRecord, current
 
 if TYPE_CHECKING:
     from feature_extraction_server.core.application import ApplicationInterface
@@ -116,6 +117,17 @@ class _Run:
     give_up_at: float
     payload: dict[str, Any] | None  # None: it is to be read
     given_up: threading.Event = field(default_factory=threading.Event)
+
+
+class _Answer(NamedTuple):
+    """What a piece of a job has given."""
+
+    results: list[Any]
+    origin: Origin | None
+
+    @property
+    def provenance(self) -> dict[str, str | None] | None:
+        return None if self.origin is None else self.origin.provenance
 
 
 class JobRunner:
@@ -352,9 +364,10 @@ class JobRunner:
     def _work(self, first: _Run) -> None:
         run: _Run | None = first
         while run is not None:
-            current.set(RequestRecord(run.job.id))  # so that what is logged of it can be found
+            record = _new_record(run.job)
+            current.set(record)  # so that what is logged of it can be found
             try:
-                self._save(self._outcome(run))
+                self._save(self._outcome(run, record))
             except Exception:
                 if not self._closing.is_set():  # otherwise, the store is closed
                     logger.exception("What came of the job %s is lost", run.job.id)
@@ -365,14 +378,15 @@ class JobRunner:
             self._tell_end([run.job.id])
             run = self._claim()
 
-    def _outcome(self, run: _Run) -> Callable[[], None] | None:
-        """Run a job, and return what writes down what came of it."""
+    def _outcome(self, run: _Run, record: RequestRecord) -> Callable[[], None] | None:
+        """Run a job, whose record is this thread's current one, and return what writes down what came of it."""
         store, job = run.store, run.job
         try:
             payload = store.payload(job) if run.payload is None else run.payload
             if payload is None:
                 return None  # cancelled meanwhile
-            return partial(store.succeed, job, json.dumps(self._result(run, payload), allow_nan=False))
+            result = json.dumps(self._result(run, payload, record), allow_nan=False)
+            return partial(store.succeed, job, result, json.dumps(meta_of(self._application, record)))
         except ClientDisconnected:
             return None  # cancelled, or this process ends: whoever did it has told the store
         except ModelLoadFailed as error:
@@ -399,43 +413,46 @@ class JobRunner:
                 if self._closing.wait(STORE_RETRY_DELAY_S):
                     write = None
 
-    def _result(self, run: _Run, payload: dict[str, Any]) -> Any:
-        """Run a job: in one piece or, one larger than a batch, in several, so that it shows its progress."""
+    def _result(self, run: _Run, payload: dict[str, Any], record: RequestRecord) -> Any:
+        """Run a job: in one piece or, one larger than a batch, in several, so that it shows its progress.
+
+        The record then tells the times of all pieces, and the one origin that they have.
+        """
         job, size = run.job, self._batch_size(run.job.model)
         spec = self._application.registry.spec(job.task) if job.task in self._application.registry.tasks else None
         if spec is None or job.n_items is None or job.n_items <= size:
             return self._ask(run, payload)
-        starts = range(0, job.n_items, size)
-        results: list[Any] = [None] * len(starts)
+        starts: Sequence[int] = range(0, job.n_items, size)
+        answers: dict[int, _Answer] = {}  # by where their pieces start; the latest one is the last
         errors: dict[int, Exception] = {}
-        n_done = 0
-        todo = iter(enumerate(starts))  # shared by two threads: one piece is decoded while the model has the other
 
-        def run_pieces() -> None:
-            nonlocal n_done
-            for number, start in todo:
-                piece = _piece(payload, spec.batch_fields, start, size)
+        def run_pieces(starts: Iterator[int], record: RequestRecord) -> None:
+            current.set(record)
+            for start in starts:
                 try:
-                    results[number] = self._ask(run, piece)
+                    results = self._ask(run, _piece(payload, spec.batch_fields, start, size))
                 except Exception as error:  # raised again below
-                    errors[number] = _moved(error, spec.batch_fields, start)
+                    errors[start] = _moved(error, spec.batch_fields, start)
                 if errors:
                     return
                 with self._changed, suppress(sqlite3.Error):
-                    n_done += len(results[number])
-                    run.store.tell_progress(job, n_done)
+                    answers[start] = _Answer(results, record.answer_origin)
+                    run.store.tell_progress(job, sum(len(answer.results) for answer in answers.values()))
 
-        def help_out() -> None:
-            current.set(RequestRecord(job.id))  # one of its own, since a record is one thread's
-            run_pieces()
-
-        helper = threading.Thread(target=help_out, name=f"job-{job.id}", daemon=True)
-        helper.start()
-        run_pieces()
-        helper.join()
-        if errors:
-            raise errors[min(errors)]
-        return [result for piece in results for result in piece]
+        while starts:
+            # Two threads share them: one piece is decoded while the model has the other.
+            todo, helpers_record = iter(starts), _new_record(job)
+            helper = threading.Thread(target=run_pieces, args=(todo, helpers_record), name=f"job-{job.id}", daemon=True)
+            helper.start()
+            run_pieces(todo, record)
+            helper.join()
+            if errors:
+                raise errors[min(errors)]
+            if helpers_record.times is not None:
+                record.add(helpers_record.times)
+            starts = _take_outdated(answers)
+        record.answer_origin = answers[0].origin
+        return [result for start in sorted(answers) for result in answers[start].results]
 
     def _ask(self, run: _Run, payload: dict[str, Any]) -> Any:
         """Run the job's task, again and again while the model has no room."""
@@ -464,6 +481,25 @@ def jobs_of(application: ApplicationInterface, settings: JobSettings) -> JobRunn
     if application.jobs is None:
         application.jobs = JobRunner(application, settings)
     return application.jobs
+
+
+def _new_record(job: StoredJob) -> RequestRecord:
+    """Return a record for a thread that works on a job."""
+    record = RequestRecord(job.id)
+    record.task, record.model, record.wants_origin = job.task, job.model, True
+    return record
+
+
+def _take_outdated(answers: dict[int, _Answer]) -> list[int]:
+    """Take out the answers of other weights than those of the latest one, and return where their pieces start.
+
+    The model was started anew meanwhile: vectors of two models must not share a result.
+    """
+    latest = next(reversed(answers.values())).provenance
+    outdated = [start for start, answer in answers.items() if answer.provenance != latest]
+    for start in outdated:
+        del answers[start]
+    return outdated
 
 
 def _piece(payload: dict[str, Any], batch_fields: Collection[str], start: int, size: int) -> dict[str, Any]:

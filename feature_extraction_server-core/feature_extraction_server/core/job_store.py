@@ -22,7 +22,7 @@ from typing import Any, Final
 
 from feature_extraction_server.core.errors import QueueFull
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 #: How often a job may lose the process or the model that runs it. Then the job itself counts as the cause.
 MAX_CRASHES: Final = 3
 CRASH_DELAY_S: Final = 0.5
@@ -50,7 +50,8 @@ CREATE TABLE IF NOT EXISTS jobs (
     started REAL,
     ended REAL,
     error TEXT,
-    result TEXT
+    result TEXT,
+    meta TEXT
 );
 CREATE TABLE IF NOT EXISTS inputs (seq INTEGER PRIMARY KEY, input TEXT NOT NULL);
 CREATE INDEX IF NOT EXISTS jobs_by_state ON jobs (state, seq, model, crashes, not_before);
@@ -75,8 +76,9 @@ class JobState(StrEnum):
 class StoredJob:
     """A job as it was when it was looked up. Times are seconds since 1970.
 
-    ``n_items`` is None for a job that is not a batch. ``error`` is what HTTP would have answered. ``result`` is None,
-    too, where it was not asked for. ``queue_position`` counts the queued jobs of its model, from 1 on.
+    ``n_items`` is None for a job that is not a batch. ``error`` is what HTTP would have answered. ``result`` and
+    ``meta`` (``provenance.meta_of``) are None, too, where they were not asked for. ``queue_position`` counts the queued
+    jobs of its model, from 1 on.
     """
 
     seq: int
@@ -92,6 +94,7 @@ class StoredJob:
     ended: float | None
     error: dict[str, str] | None
     result: Any = None
+    meta: dict[str, Any] | None = None
     queue_position: int | None = None
 
     @property
@@ -134,9 +137,14 @@ class JobStore:
         self._database.execute(f"PRAGMA journal_size_limit = {_MAX_IDLE_JOURNAL_BYTES}")
         # A commit survives the end of all processes; the last ones may be lost when the machine itself goes down.
         self._database.execute("PRAGMA synchronous = NORMAL")
-        (version,) = self._database.execute("PRAGMA user_version").fetchone()
-        if version not in (0, SCHEMA_VERSION):
+        self._execute("BEGIN IMMEDIATE")  # one process at a time
+        ((version,),) = self._execute("PRAGMA user_version")
+        if version not in (0, 1, SCHEMA_VERSION):
             raise sqlite3.DatabaseError(f"it was written by another release (version {version})")
+        if version == 1:
+            self._execute("ALTER TABLE jobs ADD COLUMN meta TEXT")
+            self._execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        self._execute("COMMIT")
         self._database.executescript(f"BEGIN IMMEDIATE; {_SCHEMA} PRAGMA user_version = {SCHEMA_VERSION}; COMMIT;")
 
     def close(self) -> None:
@@ -179,9 +187,9 @@ class JobStore:
 
     def get(self, id: str) -> StoredJob | None:
         """Look a job up; None where there is none, or it has expired."""
-        return self._get(id, "result")
+        return self._get(id, "result, meta")
 
-    def _get(self, id: str, result: str = "NULL") -> StoredJob | None:
+    def _get(self, id: str, result: str = "NULL, NULL") -> StoredJob | None:
         position = (
             "CASE state WHEN 'queued' THEN (SELECT count(*) FROM jobs AS other WHERE other.state = 'queued'"
             " AND other.model = jobs.model AND other.seq <= jobs.seq) END"
@@ -244,12 +252,12 @@ class JobStore:
         """Note how many of a job's items are done."""
         self._execute("UPDATE jobs SET n_done = ? WHERE seq = ? AND owner = ?", (n_done, job.seq, self.owner))
 
-    def succeed(self, job: StoredJob, result: str) -> None:
-        """Keep the JSON text of the result of a job that this process runs, unless it was cancelled."""
+    def succeed(self, job: StoredJob, result: str, meta: str) -> None:
+        """Keep a job's result and meta, as JSON texts; this process runs it. Nothing is kept if it was cancelled."""
         self._execute(
-            "UPDATE jobs SET state = 'succeeded', ended = ?, result = ?, n_done = coalesce(n_items, 1)"
+            "UPDATE jobs SET state = 'succeeded', ended = ?, result = ?, meta = ?, n_done = coalesce(n_items, 1)"
             " WHERE seq = ? AND owner = ? AND state = 'running'",
-            (time.time(), result, job.seq, self.owner),
+            (time.time(), result, meta, job.seq, self.owner),
         )
 
     def fail(self, job: StoredJob, error: dict[str, str]) -> None:
@@ -351,9 +359,9 @@ class _Lifeline:
 
 
 def _job(row: Sequence[Any]) -> StoredJob:
-    """Make a job of the columns ``_COLUMNS`` and, where they were asked for, its result and its position."""
+    """Make a job of the columns ``_COLUMNS`` and, where they were asked for, its result, its meta and its position."""
     seq, id, task, model, state, n_items, n_done, crashes, created, started, ended, error = row[:12]
-    result, position = (*row[12:], None, None)[:2]
+    result, meta, position = row[12:] or (None, None, None)
     times = created, started, ended
     return StoredJob(
         seq,
@@ -367,6 +375,7 @@ def _job(row: Sequence[Any]) -> StoredJob:
         *times,
         _from_json(error),
         _from_json(result),
+        _from_json(meta),
         position,
     )
 

@@ -177,6 +177,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode.startswith("I"):
         image = _to_8_bit_grey(image)
+    elif image.mode == "F":
+        image = _from_floats(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -186,9 +188,23 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 def _to_8_bit_grey(image: Image.Image) -> Image.Image:
     """Scale 16-bit (or 32-bit) grey to 8 bits; Pillow's own conversion would clip it to white."""
+    clear = image.info.get("transparency")
     image = image.convert("I")
     lowest, highest = cast("tuple[int, int]", image.getextrema())
     full_scale = 65535 if lowest >= 0 and highest <= 65535 else 2**31 - 1
+    grey = image.point(lambda value: value * (255 / full_scale) + 0.5).convert("L")
+    grey.info.pop("transparency", None)  # a level of the unscaled image
+    if isinstance(clear, int):
+        import numpy as np
+
+        grey.putalpha(Image.fromarray(np.where(np.asarray(image) == clear, 0, 255).astype(np.uint8)))
+    return grey
+
+
+def _from_floats(image: Image.Image) -> Image.Image:
+    """Scale grey in floating point to 8 bits. No file says what white is: the smallest usual value none exceeds."""
+    highest = cast("tuple[float, float]", image.getextrema())[1]
+    full_scale = next((white for white in (1, 255, 65535) if highest <= white), highest)
     return image.point(lambda value: value * (255 / full_scale) + 0.5).convert("L")
 
 

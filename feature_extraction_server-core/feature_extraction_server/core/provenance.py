@@ -9,10 +9,13 @@ import json
 import logging
 import os
 from hashlib import blake2b
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from feature_extraction_server.core.resources import device_of
-from feature_extraction_server.core.tracking import Origin
+from feature_extraction_server.core.tracking import Origin, RequestRecord
+
+if TYPE_CHECKING:
+    from feature_extraction_server.core.application import ApplicationInterface
 
 logger = logging.getLogger(__name__)
 
@@ -46,3 +49,22 @@ def origin_of(model: str, provenance: dict[str, str | None]) -> Origin:
         return Origin(os.urandom(_IDENTITY_BYTES), provenance)
     text = json.dumps([model, provenance], sort_keys=True)
     return Origin(blake2b(text.encode(), digest_size=_IDENTITY_BYTES).digest(), provenance)
+
+
+def meta_of(application: ApplicationInterface, record: RequestRecord) -> dict[str, Any]:
+    """Return what the answer to a request tells of itself: what gave it, where it comes from, and how long it took.
+
+    Args:
+        record: of a request that was answered, and whose origin was asked for (``wants_origin``).
+    """
+    assert record.model is not None
+    origin, times = record.answer_origin, record.times
+    provenance: dict[str, str | None] = dict.fromkeys(KEYS) if origin is None else origin.provenance
+    return {
+        "task": record.task,
+        "model": record.model,
+        **provenance,
+        "plugin_version": application.registry.plugin("models", record.model).version,
+        "queued_seconds": 0.0 if times is None else round(times.queued_s, 6),
+        "computed_seconds": 0.0 if times is None else round(times.computed_s, 6),
+    }

@@ -13,11 +13,47 @@ from werkzeug.http import parse_list_header
 
 from feature_extraction_server.core.application import ApplicationInterface
 from feature_extraction_server.core.errors import InvalidInput
-from feature_extraction_server.core.provenance import KEYS
+from feature_extraction_server.core.provenance import meta_of
 from feature_extraction_server.core.tracking import current
+from feature_extraction_server.flask.openapi import JsonObject, query_parameter
 
 PARAMETER: Final = "meta"
 PREFERENCE: Final = "return=meta"
+
+# As OpenAPI describes it
+_STRING_OR_NULL: Final = {"type": ["string", "null"]}
+PROVENANCE_PROPERTIES: Final[JsonObject] = {
+    "checkpoint": _STRING_OR_NULL | {"description": "The name of the weights"},
+    "revision": _STRING_OR_NULL | {"description": "Their commit on the hub or their version; `local` for a folder"},
+    "dtype": _STRING_OR_NULL | {"description": "The precision in which the model runs"},
+    "device": _STRING_OR_NULL | {"description": "Where it runs"},
+}
+_META_PROPERTIES: Final[JsonObject] = {
+    "task": {"type": "string"},
+    "model": {"type": "string"},
+    **PROVENANCE_PROPERTIES,
+    "plugin_version": _STRING_OR_NULL,
+    "queued_seconds": {"type": "number", "description": "Until the model was called, loading included"},
+    "computed_seconds": {"type": "number", "description": "From then until its last call had ended"},
+}
+META_SCHEMA: Final[JsonObject] = {
+    "type": "object",
+    "properties": _META_PROPERTIES,
+    "required": list(_META_PROPERTIES),
+}
+META_PARAMETER: Final = query_parameter(
+    PARAMETER,
+    "Whether the answer tells where it comes from: `1` or `true`, `0` or `false`",
+    {"enum": ["0", "1", "false", "true"]},
+)
+PREFER_HEADER: Final[JsonObject] = {
+    "name": "Prefer",
+    "in": "header",
+    "required": False,
+    "description": f"`{PREFERENCE}` is the same as `meta=1`",
+    "schema": {"type": "string", "examples": [PREFERENCE]},
+}
+
 _VALUES: Final = {"1": True, "true": True, "0": False, "false": False}
 
 
@@ -47,18 +83,7 @@ def with_meta(application: ApplicationInterface, run: Callable[[], Any]) -> Resp
     assert record is not None
     record.wants_origin = True
     result = run()
-    assert record.model is not None
-    origin, times = record.answer_origin, record.times
-    provenance: dict[str, Any] = dict.fromkeys(KEYS) if origin is None else origin.provenance
-    meta = {
-        "task": record.task,
-        "model": record.model,
-        **provenance,
-        "plugin_version": application.registry.plugin("models", record.model).version,
-        "queued_seconds": 0.0 if times is None else round(times.queued_s, 6),
-        "computed_seconds": 0.0 if times is None else round(times.computed_s, 6),
-    }
-    response = jsonify({"result": result, "meta": meta})
+    response = jsonify({"result": result, "meta": meta_of(application, record)})
     if _is_preferred(request.headers.get("Prefer", "")):
         response.headers["Preference-Applied"] = PREFERENCE
     return response

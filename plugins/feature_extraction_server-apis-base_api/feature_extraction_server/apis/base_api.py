@@ -8,14 +8,22 @@ from flask import Flask, Response, jsonify
 from feature_extraction_server.core.application import ApplicationInterface
 from feature_extraction_server.core.describe import describe_model, describe_task, task_description
 from feature_extraction_server.flask.app import client_waits
-from feature_extraction_server.flask.meta import PARAMETER, PREFERENCE, wants_meta, with_meta
+from feature_extraction_server.flask.meta import (
+    META_PARAMETER,
+    META_SCHEMA,
+    PARAMETER,
+    PREFER_HEADER,
+    PREFERENCE,
+    PROVENANCE_PROPERTIES,
+    wants_meta,
+    with_meta,
+)
 from feature_extraction_server.flask.openapi import (
     RUN_ERRORS,
     JsonObject,
     json_response,
     model_parameter,
     operation,
-    query_parameter,
     task_answer,
     task_body,
     task_parameter,
@@ -149,7 +157,7 @@ def _features(application: ApplicationInterface, task: str) -> dict[str, Any]:
                 operation_id=f"base_api_{task}{by}",
                 answer=_features_answer(application, task),
                 errors=RUN_ERRORS,
-                parameters=[*parameters, _META_PARAMETER, _PREFER],
+                parameters=[*parameters, META_PARAMETER, PREFER_HEADER],
                 body=task_body(application, task),
             )
         }
@@ -166,7 +174,7 @@ def _features_answer(application: ApplicationInterface, task: str) -> JsonObject
     """Return the response object of a task's bare result or, where the client asks for it, of one with its origin."""
     answer = task_answer(application, task)
     content = answer["content"]["application/json"]
-    content["schema"] = {"anyOf": [content["schema"], _object({"result": content["schema"], "meta": _META})]}
+    content["schema"] = {"anyOf": [content["schema"], _object({"result": content["schema"], "meta": META_SCHEMA})]}
     return answer | {"headers": _FEATURES_HEADERS}
 
 
@@ -203,34 +211,6 @@ _TASK = _object(
         "default_model": _STRING_OR_NULL,
     }
 )
-_PROVENANCE: JsonObject = {
-    "checkpoint": _STRING_OR_NULL | {"description": "The name of the weights"},
-    "revision": _STRING_OR_NULL | {"description": "Their commit on the hub or their version; `local` for a folder"},
-    "dtype": _STRING_OR_NULL | {"description": "The precision in which the model runs"},
-    "device": _STRING_OR_NULL | {"description": "Where it runs"},
-}
-_META = _object(
-    {
-        "task": _STRING,
-        "model": _STRING,
-        **_PROVENANCE,
-        "plugin_version": _STRING_OR_NULL,
-        "queued_seconds": {"type": "number", "description": "Until the model was called, loading included"},
-        "computed_seconds": {"type": "number", "description": "From then until its last call had ended"},
-    }
-)
-_META_PARAMETER = query_parameter(
-    PARAMETER,
-    "Whether the answer tells where it comes from: `1` or `true`, `0` or `false`",
-    {"enum": ["0", "1", "false", "true"]},
-)
-_PREFER: JsonObject = {
-    "name": "Prefer",
-    "in": "header",
-    "required": False,
-    "description": f"`{PREFERENCE}` is the same as `meta=1`",
-    "schema": {"type": "string", "examples": [PREFERENCE]},
-}
 _FEATURES_HEADERS: JsonObject = {
     "Cache-Status": {
         "description": "Whether kept answers were used (RFC 9211); only with RESULT_CACHE_BYTES",
@@ -266,7 +246,7 @@ _STATUS_PROPERTIES: JsonObject = {
     "device": _STRING_OR_NULL | {"description": "Where the model's weights are, if that can be told"},
     "provenance": {
         "description": "Where the model's answers come from; null unless it is loaded",
-        "anyOf": [{"type": "null"}, _object(_PROVENANCE)],
+        "anyOf": [{"type": "null"}, _object(PROVENANCE_PROPERTIES)],
     },
     "memory_bytes": {"type": ["integer", "null"], "description": "Main memory of the processes in which it runs"},
     "counts": _object(dict.fromkeys(("loads", "failed_loads", "jobs", "items", "failures"), _COUNT))

@@ -11,6 +11,7 @@ from feature_extraction_server.core.errors import InvalidInput
 from feature_extraction_server.core.job_runner import JobSettings, jobs_of
 from feature_extraction_server.core.job_store import JobState, StoredJob
 from feature_extraction_server.core.settings import SettingsManager
+from feature_extraction_server.flask.meta import META_PARAMETER, META_SCHEMA, PARAMETER, wants_meta
 from feature_extraction_server.flask.openapi import (
     JsonObject,
     job_body,
@@ -44,14 +45,20 @@ def add_routes(application_interface: ApplicationInterface, flask_app: Flask) ->
 
     def submit(task: str, model: str | None = None) -> tuple[Response, int, dict[str, str]]:
         application_interface.resolve(task, model)  # an unknown name is told before the body is read
-        job = jobs.submit(task, model, read_task_input(application_interface, task))
+        wants_meta()  # which each job has in the end; here, too, it is no key of the input
+        job = jobs.submit(task, model, read_task_input(application_interface, task, reserved=(PARAMETER,)))
         return jsonify(describe_job(job, ttl_s)), 202, {"Location": url_for("jobs_api job", id=job.id)}
 
     def job(id: str) -> Response:
-        _check_query("wait")
+        _check_query("wait", PARAMETER)
+        asks_for_meta = wants_meta() or PARAMETER not in request.args
         found = jobs.get(id, _wait_s())
-        result = {"result": found.result} if found.state is JobState.SUCCEEDED else {}
-        return jsonify(describe_job(found, ttl_s) | result)
+        described = describe_job(found, ttl_s)
+        if found.state is JobState.SUCCEEDED:
+            described["result"] = found.result
+            if asks_for_meta:
+                described["meta"] = found.meta
+        return jsonify(described)
 
     def cancel(id: str) -> Response | tuple[str, int]:
         cancelled = jobs.cancel(id)
@@ -143,7 +150,7 @@ def describe_routes(application_interface: ApplicationInterface) -> dict[str, An
         operation_id="jobs_api_job",
         answer=json_response("The job", _JOB_WITH_RESULT),
         errors=(400, 404, 500),
-        parameters=[id, _WAIT],
+        parameters=[id, _WAIT, META_PARAMETER],
     )
     delete = operation(
         "Cancel a job; one that has ended is removed",
@@ -220,9 +227,12 @@ _JOB: JsonObject = {
     "properties": _PROPERTIES | {"error": _ERROR},
     "required": list(_PROPERTIES),
 }
-_JOB_WITH_RESULT = _JOB | {
-    "properties": _PROPERTIES | {"error": _ERROR, "result": {"description": "The task's result, if it succeeded"}}
+_META: JsonObject = {
+    "description": "Where the result comes from; null for a job of an earlier release",
+    "anyOf": [META_SCHEMA, {"type": "null"}],
 }
+_RESULT: JsonObject = {"description": "The task's result, if it succeeded"}
+_JOB_WITH_RESULT = _JOB | {"properties": _PROPERTIES | {"error": _ERROR, "result": _RESULT, "meta": _META}}
 _WAIT = query_parameter(
     "wait",
     f"Seconds to wait for the job's end, {MAX_WAIT_S:g} at most",

@@ -181,6 +181,12 @@ def _states(overview: Overview) -> Iterator[Metric]:
         for told in overview:
             gauge.add_metric([told["model"]], told.get(key, 0))
         yield gauge
+    replicas = GaugeMetricFamily(
+        "fes_model_replicas", "Processes that run a model and share its queue", labels=["model"]
+    )
+    for told in overview:
+        replicas.add_metric([told["model"]], sum(one["state"] == "running" for one in told.get("replicas", [])))
+    yield replicas
     for name, meaning, key in (
         (
             "fes_model_memory_bytes",
