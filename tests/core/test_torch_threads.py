@@ -87,6 +87,15 @@ def test_parts_are_computed_at_once_by_a_thread_each_with_one_core(monkeypatch: 
     assert n_threads_afterwards == 3
 
 
+def test_no_more_parts_are_computed_at_once_than_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_threads, "N_CORES", 4)
+
+    three_at_once = threading.Barrier(3)
+
+    with torch_threads.at_work(), pytest.raises(threading.BrokenBarrierError):
+        torch_threads.in_parallel(lambda _: three_at_once.wait(0.1), range(3), most_at_once=2)
+
+
 @pytest.mark.parametrize(("n_cores", "n_parts"), [(1, 3), (4, 1)], ids=["one core", "one part"])
 def test_what_cannot_be_shared_is_computed_by_the_caller_with_all_its_cores(
     monkeypatch: pytest.MonkeyPatch, n_cores: int, n_parts: int

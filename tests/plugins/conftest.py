@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -60,3 +61,16 @@ def asks(tiny_engine: Engine) -> Callable[[str], Ask]:
     """``asks(model)`` gives what asks a model over HTTP."""
     client = create_app(tiny_engine).test_client()
     return lambda model: Ask(client, model)
+
+
+@pytest.fixture
+def refuses(build: Callable[..., Engine], tiny_settings: dict[str, str]) -> Callable[..., str]:
+    """``refuses(model, task, body, SETTING=value, ...)`` gives the error of a server that cannot load the model."""
+
+    def send(model: str, task: str, body: dict[str, Any], **settings: str) -> str:
+        ask = Ask(create_app(build(**tiny_settings | settings)).test_client(), model)
+        response = ask.response(task, **body)
+        assert response.status_code == 503
+        return str(response.json["error"])
+
+    return send

@@ -178,7 +178,7 @@ def test_stopped_model_keeps_nothing_of_what_it_loaded(
     client = create_app(engine).test_client()
     first = ask(client, model).json
     module = sys.modules[f"feature_extraction_server.models.{model}"]
-    parts = ("model", "image_processor", "tokenizer")
+    parts = ("model", "image_processor", "tokenizer", "encoder")
     loaded = [weakref.ref(getattr(module, part)) for part in parts if hasattr(module, part)]
 
     engine.stop(model, wait=True)

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-import base64
 import importlib
-import io
 import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,28 +22,12 @@ from feature_extraction_server.core.setup import build_engine
 from feature_extraction_server.flask.app import create_app
 from tests.checkpoints import checkpoint
 from tests.plugins.asking import Ask
+from tests.plugins.hearing import RATE, encode, in_base64, noise
 
 plugin: Any = importlib.import_module("feature_extraction_server.models.faster_whisper")
 
 TASK = "automated_speech_recognition"
-RATE = 16_000
 SENTENCES = ROOT / "tests" / "speech"
-
-
-def noise(seed: int, seconds: float = 2.0) -> Any:
-    samples = np.random.default_rng(seed).normal(0, 0.2, round(seconds * RATE)).clip(-1, 1).astype(np.float32)
-    samples[:: seed + 2] = 0
-    return samples
-
-
-def encode(samples: Any, rate: int = RATE) -> str:
-    file = io.BytesIO()
-    soundfile.write(file, samples, rate, format="WAV", subtype="FLOAT")
-    return base64.b64encode(file.getvalue()).decode()
-
-
-def in_base64(path: Path) -> str:
-    return base64.b64encode(path.read_bytes()).decode()
 
 
 @pytest.fixture
@@ -112,62 +95,9 @@ def test_language_and_translation_are_asked_of_a_multilingual_checkpoint(
     assert (asked[0]["language"], asked[0]["task"]) == ("fr", "translate")
 
 
-def test_texts_of_a_batch_are_those_of_its_recordings_alone(ask: Ask) -> None:
-    recordings = [encode(noise(seed, seconds)) for seed, seconds in enumerate((0.5, 2, 0.05, 3))]
-    config = {"max_new_tokens": 10, "language": "en"}
-
-    answers = ask(TASK, audio=recordings, config=config)
-
-    assert answers == [ask(TASK, audio=recording, config=config) for recording in recordings]
-    assert answers[0] != answers[1]
-
-
-@pytest.mark.parametrize(
-    "samples",
-    [np.zeros(3 * RATE, np.float32), np.full(RATE, 1e-4, np.float32), np.ones(1, np.float32)],
-    ids=["silence", "almost silence", "one sample"],
-)
-def test_silence_has_no_text(ask: Ask, samples: Any) -> None:
-    answer = ask(TASK, audio=encode(samples), config={"timestamps": "words"})
-
-    assert {key: answer[key] for key in ("text", "language", "segments", "words")} == {
-        "text": "",
-        "language": None,
-        "segments": [],
-        "words": [],
-    }
-
-
-@pytest.mark.parametrize(
-    ("config", "field"),
-    [
-        ({"language": "klingon"}, "config.language"),
-        ({"task": "sing"}, "config.task"),
-        ({"timestamps": "letters"}, "config.timestamps"),
-        ({"vad_filter": "yes"}, "config.vad_filter"),
-        ({"max_new_tokens": 441}, "config.max_new_tokens"),
-        ({"initial_prompt": "hello"}, "config.initial_prompt"),
-    ],
-    ids=str,
-)
-def test_what_config_may_not_hold_is_named(ask: Ask, config: dict[str, Any], field: str) -> None:
-    response = ask.response(TASK, audio=encode(noise(0)), config=config)
-
-    assert response.status_code == 400
-    assert response.json["field"] == field
-
-
 @pytest.fixture
-def refused(build: Callable[..., Engine], tiny_settings: dict[str, str]) -> Callable[..., str]:
-    """``refused(SETTING=value, ...)`` gives the error of a server whose model cannot be loaded with these settings."""
-
-    def send(**settings: str) -> str:
-        ask = Ask(create_app(build(**tiny_settings | settings)).test_client(), "faster_whisper")
-        response = ask.response(TASK, audio=encode(noise(0)))
-        assert response.status_code == 503
-        return str(response.json["error"])
-
-    return send
+def refused(refuses: Callable[..., str]) -> Callable[..., str]:
+    return partial(refuses, "faster_whisper", TASK, {"audio": encode(noise(0))})
 
 
 @pytest.mark.parametrize("file", ["model.bin", "config.json", "tokenizer.json"])
@@ -273,17 +203,3 @@ def test_voice_activity_filter_hears_nobody_in_noise(ask_real: Ask) -> None:
     hum = 0.02 * np.random.default_rng(0).normal(size=3 * RATE).astype(np.float32)
 
     assert ask_real(TASK, audio=encode(hum), config={"vad_filter": True}) == ""
-
-
-@pytest.mark.weights
-@pytest.mark.parametrize(
-    ("config", "field"),
-    [({"language": "de"}, "config.language"), ({"task": "translate"}, "config.task")],
-    ids=str,
-)
-def test_an_english_checkpoint_refuses_other_languages(ask_real: Ask, config: dict[str, Any], field: str) -> None:
-    response = ask_real.response(TASK, audio=encode(noise(0)), config=config)
-
-    assert response.status_code == 400
-    assert response.json["field"] == field
-    assert "English only" in response.json["error"]

@@ -1,8 +1,10 @@
-"""OpenCLIP and SigLIP 2: what they embed and how they classify is what transformers alone gives."""
+"""CLIP, OpenCLIP and SigLIP 2: what they embed and how they classify is what transformers alone gives."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +18,10 @@ from tests.plugins.asking import PICTURES, Ask, draw
 TASK = "zero_shot_image_classification"
 CLASSES = ["a cat", "two dogs", "a red square", ""]
 TEXTS = ["a cat", "", "two dogs in the snow", "one two three " * 1000]
+CLIP = ("CLIPModel", "CLIPImageProcessorPil", {"padding": True})
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "open_clip_vit_b32": ("CLIPModel", "CLIPImageProcessorPil", {"padding": True}),
+    "clip_vit_large_patch14": CLIP,
+    "open_clip_vit_b32": CLIP,
     "siglip2_base_patch16_224": ("SiglipModel", "SiglipImageProcessorPil", {"padding": "max_length", "max_length": 64}),
 }
 
@@ -165,10 +169,14 @@ def test_what_config_may_not_hold_is_named(ask: Ask, task: str, body: dict[str, 
     assert (response.status_code, response.json["field"]) == (400, field)
 
 
-# One of them
+# Some of them
+
+CLIPS = ["clip_vit_large_patch14", "open_clip_vit_b32"]
 
 
-@pytest.mark.parametrize(("model", "longest"), [("open_clip_vit_b32", 77), ("siglip2_base_patch16_224", 64)])
+@pytest.mark.parametrize(
+    ("model", "longest"), [*((model, 77) for model in CLIPS), ("siglip2_base_patch16_224", 64)], ids=MODELS
+)
 def test_tokens_that_were_read_of_a_text_are_counted_without_padding(
     asks: Callable[[str], Ask], model: str, longest: int
 ) -> None:
@@ -199,7 +207,46 @@ def test_siglip_judges_each_class_by_itself(asks: Callable[[str], Ask]) -> None:
     assert sum(together) != pytest.approx(1, abs=0.1)
 
 
-def test_open_clip_has_the_classes_compete(asks: Callable[[str], Ask]) -> None:
-    answer = asks("open_clip_vit_b32")(TASK, image=draw(0), classes=CLASSES)
+@pytest.mark.parametrize("model", CLIPS)
+def test_clip_has_the_classes_compete(asks: Callable[[str], Ask], model: str) -> None:
+    answer = asks(model)(TASK, image=draw(0), classes=CLASSES)
 
     assert sum(answer) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("model", CLIPS, scope="module")
+@pytest.mark.parametrize("size", [(1, 20_000), (20_000, 1), (3, 5_000)], ids=["column", "row", "strip"])
+def test_clip_classifies_a_strip_of_a_picture_by_its_middle(
+    asks: Callable[[str], Ask], direct: Direct, model: str, size: tuple[int, int]
+) -> None:
+    picture = draw(1, size)
+    width, height = size
+    middle = [width // 2 - 3, height // 2 - 3, width // 2 + 3, height // 2 + 3]
+    short = picture.crop((max(0, middle[0]), max(0, middle[1]), min(width, middle[2]), min(height, middle[3])))
+
+    answer = asks(model)(TASK, image=picture, classes=CLASSES)
+
+    assert answer == pytest.approx(direct.classify(short, CLASSES), abs=1e-3)
+
+
+@pytest.mark.parametrize("model", CLIPS)
+@pytest.mark.parametrize(
+    ("task", "body"), [(TASK, {"classes": CLASSES}), ("image_embedding", {})], ids=["classes", "vectors"]
+)
+def test_clip_cuts_a_strip_of_a_picture_before_it_is_enlarged(
+    asks: Callable[[str], Ask], monkeypatch: pytest.MonkeyPatch, model: str, task: str, body: dict[str, Any]
+) -> None:
+    asks(model)(task, image=draw(0), **body)
+    plugin = importlib.import_module(f"feature_extraction_server.models.{model}")
+    image_processor = plugin.encoder.image_processor
+    sizes: list[tuple[int, int]] = []
+
+    def process(images: list[Image.Image], **arguments: Any) -> Any:
+        sizes.extend(image.size for image in images)
+        return image_processor(images, **arguments)
+
+    monkeypatch.setattr(plugin, "encoder", replace(plugin.encoder, image_processor=process))
+
+    asks(model)(task, image=[draw(0, (2, 9_000)), draw(0, (9_000, 1)), draw(0, (80, 10))], **body)
+
+    assert sizes == [(2, 16), (8, 1), (80, 10)]

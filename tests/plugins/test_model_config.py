@@ -157,18 +157,23 @@ def test_prompt_that_leaves_no_room_is_refused(config: dict[str, Any], n_prompt:
 
 
 def test_prompts_of_one_length_are_run_together_and_answers_keep_their_order() -> None:
+    from transformers import GPT2Config
+
     class Tokenizer:
         def batch_decode(self, tokens: torch.Tensor, skip_special_tokens: bool) -> list[str]:
             return [f" {row} " for row in tokens.tolist()]
 
     calls: list[list[int]] = []
 
-    def generate(rows: torch.Tensor, prompts: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
-        calls.append(rows.tolist())
-        continued = torch.cat([prompts, rows[:, None] + 10], dim=1)
-        return continued.repeat_interleave(2, dim=0)
+    class Model:
+        config = GPT2Config(n_positions=9)
 
-    captions = continue_prompts([[1, 2], [1], [3, 4]], {}, generate, Tokenizer(), n_positions=9)
+        def generate(self, pixel_values: torch.Tensor, input_ids: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
+            calls.append(pixel_values.tolist())
+            continued = torch.cat([input_ids, pixel_values[:, None] + 10], dim=1)
+            return continued.repeat_interleave(2, dim=0)
+
+    captions = continue_prompts(Model(), Tokenizer(), torch.arange(3), [[1, 2], [1], [3, 4]], {})
 
     assert calls == [[1], [0, 2]]
     assert captions == [["[10]", "[10]"], ["[11]", "[11]"], ["[12]", "[12]"]]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import os
 import shutil
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from statistics import mean
@@ -165,6 +167,25 @@ def test_rapidocr_s_lines_are_those_of_the_library_alone(asks: Callable[[str], A
     assert [line["confidence"] for line in lines] == pytest.approx(list(alone.scores), abs=1e-4)
     boxes = np.concatenate([alone.boxes.min(axis=1), alone.boxes.max(axis=1)], axis=1)
     assert np.allclose([line["box"] for line in lines], boxes, atol=1e-3)
+
+
+def test_rapidocr_reads_several_pictures_at_once_and_answers_as_it_does_to_each_alone(
+    asks: Callable[[str], Ask], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = asks("rapidocr")
+    pictures = [PICTURE.image, render(LINES[:1], font="caladea", size=20, angle=3).image]
+    alone = [ask(TASK, image=picture, config={"detail": True}) for picture in pictures]
+    plugin: Any = importlib.import_module("feature_extraction_server.models.rapidocr")
+    reader, two_at_once = plugin.reader_beside_others, threading.Barrier(2)
+
+    def read_beside_another(picture: Image.Image) -> Any:
+        two_at_once.wait(60)
+        return reader(picture)
+
+    monkeypatch.setattr(plugin, "reader_beside_others", read_beside_another)
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+
+    assert ask(TASK, image=pictures, config={"detail": True}) == alone
 
 
 def test_rapidocr_without_one_of_its_models_says_which_and_fetches_nothing(

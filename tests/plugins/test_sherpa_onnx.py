@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-import base64
 import importlib
-import io
 import itertools
 import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,9 @@ from feature_extraction_server.core.engine import Engine
 from feature_extraction_server.flask.app import create_app
 from tests.checkpoints import checkpoint
 from tests.plugins.asking import Ask
+from tests.plugins.hearing import RATE, encode, in_base64
 
 TASK = "audio_diarization"
-RATE = 16_000
 SPEECH = ROOT / "tests" / "speech"
 FRAMES_PER_S = 100
 
@@ -32,12 +31,6 @@ def speech(name: str, begin_s: float = 0, end_s: float | None = None) -> Any:
     samples, rate = soundfile.read(SPEECH / f"{name}.ogg", dtype="float32")
     assert rate == RATE
     return samples[int(begin_s * RATE) : None if end_s is None else int(end_s * RATE)]
-
-
-def encode(samples: Any, rate: int = RATE) -> str:
-    file = io.BytesIO()
-    soundfile.write(file, samples, rate, format="WAV", subtype="FLOAT")
-    return base64.b64encode(file.getvalue()).decode()
 
 
 TWO_TURNS = encode(speech("two_voices", 0, 7.3))
@@ -121,7 +114,7 @@ def test_segments_are_those_that_the_library_finds(
 def test_at_most_a_tenth_of_the_speech_is_given_to_the_wrong_speaker(ask: Ask, name: str) -> None:
     spoken = json.loads((SPEECH / f"{name}.json").read_text())
 
-    answer = ask(TASK, audio=base64.b64encode((SPEECH / f"{name}.ogg").read_bytes()).decode())
+    answer = ask(TASK, audio=in_base64(SPEECH / f"{name}.ogg"))
 
     assert error_rate(spoken, answer) <= 0.1
     assert n_speakers(answer) == n_speakers(spoken)
@@ -184,16 +177,8 @@ def test_unknown_key_of_config_is_named(ask: Ask) -> None:
 
 
 @pytest.fixture
-def refused(build: Callable[..., Engine], tiny_settings: dict[str, str]) -> Callable[..., str]:
-    """``refused(SETTING=value, ...)`` gives the error of a server whose model cannot be loaded with these settings."""
-
-    def send(**settings: str) -> str:
-        ask = Ask(create_app(build(**tiny_settings | settings)).test_client(), "sherpa_onnx")
-        response = ask.response(TASK, audio=ONE_TURN)
-        assert response.status_code == 503
-        return str(response.json["error"])
-
-    return send
+def refused(refuses: Callable[..., str]) -> Callable[..., str]:
+    return partial(refuses, "sherpa_onnx", TASK, {"audio": ONE_TURN})
 
 
 @pytest.mark.parametrize("name", ["sherpa_onnx", "sherpa_onnx_embedding"])

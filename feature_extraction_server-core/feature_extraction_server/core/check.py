@@ -115,7 +115,7 @@ def check(engine: Engine, model: str, measured_seconds: float = 1.0) -> Report:
             try:
                 answers = trial.compare()
                 answered.append((trial, answers[0]))
-                report["tasks"][task] |= _describe(answers) | _measure(trial, measured_seconds)
+                report["tasks"][task] |= _describe(answers) | measure(trial, measured_seconds)
             except (ServerError, Wrong) as error:
                 fail(f"{task}: {error}")
         report["memory"] = _restart(engine, model, answered, fail)
@@ -161,17 +161,29 @@ def _vectors(answer: Any) -> Iterator[list[float]]:
             yield from _vectors(part)
 
 
-def _measure(trial: Trial, seconds: float) -> Report:
-    """Return how many items a second a task manages, sent one by one and in batches, decoding included."""
+def measure(trial: Trial, seconds: float) -> Report:
+    """Return how many items a second a task manages, sent one by one and in batches, decoding included.
+
+    Args:
+        trial: the task and its samples.
+        seconds: how long each of both speeds is measured; 0 for one call each.
+    """
     batch = [trial.samples[n % len(trial.samples)] for n in range(BATCH_ITEMS)]
     return {
-        "single_items_per_second": _rate(lambda n: trial.single(trial.samples[n % len(trial.samples)]), 1, seconds),
+        "single_items_per_second": rate(lambda n: trial.single(trial.samples[n % len(trial.samples)]), 1, seconds),
         "batch_items": BATCH_ITEMS,
-        "batch_items_per_second": _rate(lambda n: trial.batch(batch), BATCH_ITEMS, seconds),
+        "batch_items_per_second": rate(lambda n: trial.batch(batch), BATCH_ITEMS, seconds),
     }
 
 
-def _rate(call: Callable[[int], Any], n_items: int, seconds: float) -> float:
+def rate(call: Callable[[int], Any], n_items: int, seconds: float) -> float:
+    """Return how many items a second calls manage that are made one after the other.
+
+    Args:
+        call: computes the answer to ``n_items`` items; it is given how many calls there were before.
+        n_items: of each call.
+        seconds: how long it is measured, after a first call that does not count; 0 for the first call alone.
+    """
     if seconds:
         call(0)
     began = time.monotonic()

@@ -123,16 +123,27 @@ class Checkpoint:
         """
         import torch
 
-        name = self._device.get()
+        n_mps = int(torch.backends.mps.is_available())
+        return torch.device(self.device_among({"cuda": torch.cuda.device_count(), "mps": n_mps}))
+
+    def device_among(self, n_devices: Mapping[str, int]) -> str:
+        """Return the device that DEVICE names or, for auto, the best there is; of several GPUs, a replica's own.
+
+        Args:
+            n_devices: how many devices of each kind a library can use here, the best kind first; cpu need not be told.
+
+        Raises:
+            ModelLoadFailed: there is no such device among them.
+        """
+        name: str = self._device.get()
         if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        if name == "cuda" and torch.cuda.device_count() > 1:  # a model's replicas take the GPUs in turn
-            name = f"cuda:{int(os.environ.get(REPLICA_VARIABLE, 0)) % torch.cuda.device_count()}"
-        device = torch.device(name)
-        n_devices = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-        if (device.index or 0) >= n_devices[device.type]:
-            raise ModelLoadFailed(f"DEVICE={name}: this machine has no such device")
-        return device
+            name = next((kind for kind, n in n_devices.items() if n), "cpu")
+        if name == "cuda" and n_devices["cuda"] > 1:  # a model's replicas take the GPUs in turn
+            name = f"cuda:{int(os.environ.get(REPLICA_VARIABLE, 0)) % n_devices['cuda']}"
+        kind, _, number = name.partition(":")
+        if kind != "cpu" and int(number or 0) >= n_devices.get(kind, 0):
+            raise ModelLoadFailed(f"DEVICE={name}: the model can use no such device here")
+        return name
 
     @property
     def dtype(self) -> torch.dtype:
@@ -216,12 +227,6 @@ class Checkpoint:
         """The commit on the hub of what is loaded, ``local`` for a folder; before it is loaded, the one that is set."""
         revision: str = self._loaded_revision or self._revision.get()
         return revision
-
-    @property
-    def wanted_device(self) -> str:
-        """What DEVICE says, ``auto`` included: for libraries other than torch."""
-        name: str = self._device.get()
-        return name
 
     @property
     def wanted_dtype(self) -> str:

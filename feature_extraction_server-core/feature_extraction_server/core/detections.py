@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
 
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, create_model
 from typing_extensions import TypedDict
 
 from feature_extraction_server.core.checkpoints import Checkpoint
 from feature_extraction_server.core.config import Config
+from feature_extraction_server.core.strips import widen_strip
 from feature_extraction_server.core.task import FiniteFloat, Probability
 
 if TYPE_CHECKING:
@@ -33,9 +34,7 @@ COCO_CLASSES: Final = _COCO.split(",")
 #: What goes through a model at once, after resizing: four pictures of the size that detectors are mostly trained on. A
 #: single one takes some hundreds of MB meanwhile.
 PIXELS_A_CALL: Final = 4 * 800 * 1333
-#: How many times longer than wide a picture may be for detectors that keep its form; and what a longer one, a strip, is
-#: shortened to, in pixels.
-LONGEST_FORM: Final = 8
+#: What a longer strip is shortened to for detectors that keep a picture's form, in pixels.
 STRIP_LENGTH: Final = 1333
 
 
@@ -74,9 +73,7 @@ class Found(NamedTuple):
     labels: torch.Tensor
 
 
-def select(
-    found: Found, names: list[str], images: list[Image.Image], wanted: DetectionConfig
-) -> list[dict[str, list[Any]]]:
+def select(found: Found, names: list[str], images: list[Image.Image], wanted: DetectionConfig) -> list[Detections]:
     """Return each image's detections as the client wants them, best first, with boxes in pixels inside the image."""
     import torch
 
@@ -89,14 +86,14 @@ def select(
 
 def _select_of_one(
     boxes: torch.Tensor, scores: torch.Tensor, labels: torch.Tensor, names: list[str], wanted: DetectionConfig
-) -> dict[str, list[Any]]:
+) -> Detections:
     best = scores.argsort(descending=True, stable=True)
     chosen = best[scores[best] > wanted.threshold]
     if wanted.nms_threshold < 1:
         chosen = _suppress(chosen, boxes, labels, wanted.nms_threshold)
     chosen = chosen[: wanted.max_detections]
     chosen_names = [names[label] for label in labels[chosen].tolist()]
-    return {"boxes": boxes[chosen].tolist(), "labels": chosen_names, "scores": scores[chosen].tolist()}
+    return Detections(boxes=boxes[chosen].tolist(), labels=chosen_names, scores=scores[chosen].tolist())
 
 
 def _suppress(best: torch.Tensor, boxes: torch.Tensor, labels: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -120,7 +117,7 @@ def detect(
     find: Callable[[torch.Tensor], Found],
     names: list[str],
     wanted: DetectionConfig,
-) -> list[dict[str, list[Any]]]:
+) -> list[Detections]:
     """Return each image's detections by a model that sees images in their own form, as ``select`` does.
 
     Images that it sees in one size go through it together, ``PIXELS_A_CALL`` at most. Smaller images are not padded to
@@ -138,10 +135,11 @@ def detect(
 
     groups: dict[torch.Size, list[tuple[int, torch.Tensor, torch.Tensor]]] = {}
     for number, image in enumerate(images):
-        picture, stretch = _without_strip(image)
+        picture, (width, height) = widen_strip(image, STRIP_LENGTH)
         pixels = checkpoint.pixel_values(image_processor, [picture])
-        groups.setdefault(pixels.shape, []).append((number, pixels, torch.tensor(stretch * 2)))
-    answers: dict[int, dict[str, list[Any]]] = {}
+        stretch = torch.tensor([picture.width / width, picture.height / height] * 2)
+        groups.setdefault(pixels.shape, []).append((number, pixels, stretch))
+    answers: dict[int, Detections] = {}
     for shape, group in groups.items():
         n_at_once = max(1, PIXELS_A_CALL // (shape[-2] * shape[-1]))
         for start in range(0, len(group), n_at_once):
@@ -154,19 +152,27 @@ def detect(
     return [answers[number] for number in range(len(images))]
 
 
-def _without_strip(image: Image.Image) -> tuple[Image.Image, tuple[float, float]]:
-    """Widen a strip, of whose short side nothing would be left once its long side is resized.
+def with_classes(config_type: type[DetectionConfig]) -> type[DetectionConfig]:
+    """Return what a client may ask for ``object_detection``, which takes no classes, of a detector of any classes.
 
-    Returns:
-        The picture, with grey on the right or below where it was more than ``LONGEST_FORM`` times longer than wide, and
-        how many times as wide and as high as its original content it is.
+    Args:
+        config_type: what it may ask for ``zero_shot_object_detection``.
     """
-    longest = max(image.size)
-    if longest <= LONGEST_FORM * min(image.size):
-        return image, (1.0, 1.0)
-    scale = min(1.0, STRIP_LENGTH / longest)
-    strip = image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
-    shortest = -(-max(strip.size) // LONGEST_FORM)
-    canvas = Image.new("RGB", (max(strip.width, shortest), max(strip.height, shortest)), "grey")
-    canvas.paste(strip)
-    return canvas, (canvas.width / strip.width, canvas.height / strip.height)
+    name, classes = f"{config_type.__name__}WithClasses", (ClassNames, COCO_CLASSES)
+    return create_model(name, __base__=config_type, __doc__=config_type.__doc__, classes=classes)
+
+
+def of_coco(
+    detect_classes: Callable[[list[Image.Image], list[str], dict[str, Any]], list[Detections]],
+) -> Callable[[list[Image.Image], dict[str, Any]], list[Detections]]:
+    """Return ``object_detection`` by a detector of any classes: it looks for ``config.classes``, or those of COCO.
+
+    Args:
+        detect_classes: the model's ``zero_shot_object_detection``.
+    """
+
+    def object_detection(image: list[Image.Image], config: dict[str, Any]) -> list[Detections]:
+        others = dict(config)
+        return detect_classes(image, others.pop("classes", COCO_CLASSES), others)
+
+    return object_detection

@@ -1,8 +1,8 @@
-"""Embeddings: the vectors of an answer, and how pictures are made fit for a model that looks at their middle."""
+"""Embeddings: the vectors of an answer."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from typing_extensions import TypedDict
 
@@ -10,10 +10,6 @@ from feature_extraction_server.core.task import FiniteFloat
 
 if TYPE_CHECKING:
     import torch
-    from PIL.Image import Image
-
-#: How many times longer than wide a picture may be.
-LONGEST_FORM: Final = 8
 
 
 class CountedEmbedding(TypedDict):
@@ -47,19 +43,3 @@ def with_token_counts(vectors: list[Any], n_tokens: list[int], config: dict[str,
     if not config.get("count_tokens", False):
         return vectors
     return [{"embedding": vector, "tokens": n} for vector, n in zip(vectors, n_tokens, strict=True)]
-
-
-def cut_strips(images: list[Image]) -> list[Image]:
-    """Cut pictures that are far longer than wide, or the other way, down to their middle.
-
-    For image processors that enlarge a picture until its short side fits, which may take gigabytes, and keep the middle
-    square.
-    """
-    return [image if max(image.size) <= LONGEST_FORM * min(image.size) else _middle(image) for image in images]
-
-
-def _middle(image: Image) -> Image:
-    longest = LONGEST_FORM * min(image.size)
-    width, height = min(image.width, longest), min(image.height, longest)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))

@@ -16,11 +16,6 @@ DEFAULT_NEW_TOKENS: Final = 50
 #: A prompt with more characters is refused before it is tokenized, which takes seconds a megabyte.
 MAX_CHARACTERS: Final = 100_000
 
-#: ``generate(rows, prompts, arguments)`` gives the tokens, prompts first, that continue the batch's rows ``rows``
-#: (int64 indices), whose equally long prompts are ``prompts`` (int64, (n_rows, n_tokens)); ``num_return_sequences``
-#: of them a row.
-Generate = Callable[["torch.Tensor", "torch.Tensor", dict[str, Any]], "torch.Tensor"]
-
 
 def forget_max_length(model: Any) -> None:
     """Drop the checkpoint's own ``max_length``, about which transformers would log a warning at every request."""
@@ -42,12 +37,13 @@ def tokenize(tokenizer: Any, texts: list[str], **arguments: Any) -> list[list[in
 
 
 def continue_prompts(
+    model: Any,
+    tokenizer: Any,
+    pixels: torch.Tensor,
     prompts: list[list[int]],
     config: dict[str, Any],
-    generate: Generate,
-    tokenizer: Any,
     *,
-    n_positions: int,
+    generate: Callable[..., Any] | None = None,
     n_image_tokens: int = 0,
 ) -> list[list[str]]:
     """Return ``num_return_sequences`` stripped texts for every prompt, the prompts themselves not included.
@@ -56,11 +52,13 @@ def continue_prompts(
     it is alone (BLIP counts positions from the padding), nor could ``max_length`` mean the same for all.
 
     Args:
-        prompts: the tokens that the model is given for each item, image tokens first.
-        config: the request's, as ``GenerationConfig`` checked it.
-        generate: runs the model.
+        model: one of transformers' models that write about images.
         tokenizer: turns tokens into text.
-        n_positions: how many tokens the model can attend to.
+        pixels: of the images, (n_images, 3, height, width), where the model is.
+        prompts: the tokens that the model is given for each image, image tokens first.
+        config: the request's, as ``GenerationConfig`` checked it.
+        generate: what to call with ``pixel_values``, ``input_ids`` of equal length, int64 (n_images, n_tokens), and
+            more arguments of the generation, if the model's ``generate`` takes others.
         n_image_tokens: how many of a prompt's tokens stand for the image; ``max_length`` does not count them.
 
     Raises:
@@ -68,12 +66,15 @@ def continue_prompts(
     """
     import torch
 
+    generate = generate or model.generate
+    n_positions = model.config.get_text_config(decoder=True).max_position_embeddings
     captions: list[list[str]] = [[]] * len(prompts)
     for length in sorted({len(prompt) for prompt in prompts}):
         arguments = generation_arguments(config, length - n_image_tokens, n_positions - n_image_tokens)
         rows = [row for row, prompt in enumerate(prompts) if len(prompt) == length]
         with torch.inference_mode():
-            tokens = generate(torch.tensor(rows), torch.tensor([prompts[row] for row in rows]), arguments)
+            alike = torch.tensor([prompts[row] for row in rows], device=pixels.device)
+            tokens = generate(pixel_values=pixels[rows], input_ids=alike, **arguments)
         texts = tokenizer.batch_decode(tokens[:, length:], skip_special_tokens=True)
         n = len(texts) // len(rows)
         for index, row in enumerate(rows):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Final
 
 from feature_extraction_server.core.checkpoints import Checkpoint
+from feature_extraction_server.core.class_vectors import ClassVectors
 from feature_extraction_server.core.config import CatalogueConfig, Config, EmbeddingConfig, TextEmbeddingConfig
 from feature_extraction_server.core.embeddings import as_vectors, with_token_counts
 
@@ -26,21 +29,72 @@ CONFIG_TYPES: Final[dict[str, type[Config]]] = {
 }
 
 
-def image_features(checkpoint: Checkpoint, model: Any, image_processor: Any, images: list[Image]) -> torch.Tensor:
-    """Return what a model makes of images, float32 (n_images, n_dimensions).
+@dataclass(frozen=True)
+class ImageTextEncoder:
+    """A loaded model that embeds images and texts in one space.
 
-    Args:
+    Attributes:
         checkpoint: the model's.
-        model: one of transformers' models that have ``get_image_features``.
+        model: one of transformers' models that have ``get_image_features``, ``get_text_features``, a ``logit_scale``,
+            and perhaps a ``logit_bias``.
         image_processor: the model's.
-        images: RGB.
+        tokenizer: the model's.
+        reading: more arguments of ``text_features``.
     """
 
-    def encode(pixels: torch.Tensor) -> torch.Tensor:
-        features: torch.Tensor = model.get_image_features(pixel_values=pixels).pooler_output
-        return features
+    checkpoint: Checkpoint
+    model: Any
+    image_processor: Any
+    tokenizer: Any
+    reading: dict[str, Any] = field(default_factory=dict)
 
-    return checkpoint.encode_images(encode, image_processor, images).float()
+    def embed_images(self, images: list[Image], config: dict[str, Any]) -> list[Any]:
+        """Return the answer of ``image_embedding``: a float32 (n_dimensions,) vector an image.
+
+        Args:
+            images: RGB.
+            config: the request's, as ``EmbeddingConfig`` checked it.
+        """
+        return as_vectors(self._image_features(images), config)
+
+    def embed_texts(self, texts: list[str], config: dict[str, Any]) -> list[Any]:
+        """Return the answer of ``text_embedding``: a float32 (n_dimensions,) vector a text.
+
+        Args:
+            texts: each is cut off after as many tokens as the model reads.
+            config: the request's, as ``TextEmbeddingConfig`` checked it.
+        """
+        texts = [text[:MAX_CHARACTERS] for text in texts]
+        features, n_tokens = text_features(self.model, self.tokenizer, texts, **self.reading)
+        return with_token_counts(as_vectors(features, config), n_tokens, config)
+
+    def class_logits(self, images: list[Image], classes: list[str], config: dict[str, Any]) -> torch.Tensor:
+        """Return how well classes fit images, (n_images, n_classes): cosines, scaled and shifted as the model learned.
+
+        Args:
+            images: RGB.
+            classes: their names.
+            config: the request's, as ``CatalogueConfig`` checked it.
+        """
+        import torch
+
+        image_features = self._image_features(images)
+        class_features = self._class_vectors(class_sentences(classes, config))
+        with torch.inference_mode():
+            cosines = torch.nn.functional.normalize(image_features) @ class_features.T
+            logits: torch.Tensor = cosines * self.model.logit_scale.float().exp()
+            return logits + self.model.logit_bias.float() if hasattr(self.model, "logit_bias") else logits
+
+    @cached_property
+    def _class_vectors(self) -> ClassVectors:
+        return ClassVectors(partial(embed_sentences, self.model, self.tokenizer, **self.reading))
+
+    def _image_features(self, images: list[Image]) -> torch.Tensor:
+        def encode(pixels: torch.Tensor) -> torch.Tensor:
+            features: torch.Tensor = self.model.get_image_features(pixel_values=pixels).pooler_output
+            return features
+
+        return self.checkpoint.encode_images(encode, self.image_processor, images).float()
 
 
 def text_features(
@@ -77,47 +131,25 @@ def text_features(
         return torch.cat(features), mask.sum(dim=1).tolist()
 
 
-def embed_texts(model: Any, tokenizer: Any, texts: list[str], config: dict[str, Any], **arguments: Any) -> list[Any]:
-    """Return the answer of ``text_embedding``: a float32 (n_dimensions,) vector a text.
+def class_sentences(classes: list[str], config: dict[str, Any]) -> list[str]:
+    """Return the texts by which a model knows classes: their names, with the request's template around them.
 
     Args:
-        texts: each is cut off after as many tokens as the model reads.
-        config: the request's, as ``TextEmbeddingConfig`` checked it.
-        model, tokenizer, arguments: as of ``text_features``.
-    """
-    features, n_tokens = text_features(model, tokenizer, [text[:MAX_CHARACTERS] for text in texts], **arguments)
-    return with_token_counts(as_vectors(features, config), n_tokens, config)
-
-
-def embed_classes(
-    model: Any, tokenizer: Any, classes: list[str], config: dict[str, Any], **arguments: Any
-) -> torch.Tensor:
-    """Return the embeddings of classes' names, float32 (n_classes, n_dimensions), L2-normalised.
-
-    Args:
-        classes: the names, which the template is put around.
+        classes: the names.
         config: the request's, as ``CatalogueConfig`` checked it.
-        model, tokenizer, arguments: as of ``text_features``.
+    """
+    template = config.get("template", "{}")
+    return [template.replace("{}", name[:MAX_CHARACTERS]) for name in classes]
+
+
+def embed_sentences(model: Any, tokenizer: Any, sentences: list[str], **arguments: Any) -> torch.Tensor:
+    """Return the sentences' vectors, float32 (n_sentences, n_dimensions), L2-normalised.
+
+    Args:
+        model, tokenizer, sentences, arguments: as of ``text_features``.
     """
     import torch
 
-    template = config.get("template", "{}")
-    sentences = [template.replace("{}", name[:MAX_CHARACTERS]) for name in classes]
     features, _ = text_features(model, tokenizer, sentences, **arguments)
     with torch.inference_mode():
         return torch.nn.functional.normalize(features)
-
-
-def class_logits(model: Any, images: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-    """Return how well classes fit images, (n_images, n_classes): cosines, scaled and shifted as the model learned it.
-
-    Args:
-        model: one of transformers' models that have a ``logit_scale``, and perhaps a ``logit_bias``.
-        images: as ``image_features`` gives them.
-        classes: as ``embed_classes`` gives them.
-    """
-    import torch
-
-    with torch.inference_mode():
-        logits: torch.Tensor = torch.nn.functional.normalize(images) @ classes.T * model.logit_scale.float().exp()
-        return logits + model.logit_bias.float() if hasattr(model, "logit_bias") else logits

@@ -33,13 +33,13 @@ N_SAMPLES: Final = 4
 SAMPLING_RATE: Final = 16_000
 _SIZES: Final = ((320, 240), (200, 300), (256, 256), (500, 180))
 _COLOURS: Final = (("red", "white"), ("gold", "navy"), ("black", "lightgreen"), ("blue", "orange"))
-_TEXTS: Final = (
+TEXTS: Final = (
     "a red circle on white",
     "Two dogs run through the snow, and a cat watches them.",
     "Where is the nearest station?",
     "Sunshine 42",
 )
-_CLASSES: Final = ("a circle", "a line of text", "a cat")
+CLASSES: Final = ("circle", "line of text", "cat")
 
 
 def samples_of(registry: Registry, model: str, task: str) -> list[dict[str, Any]]:
@@ -60,9 +60,9 @@ def _sample(field: InputField, number: int) -> Any:
     if isinstance(field, AudioField):
         return _base64(_recording(number))
     if isinstance(field, TextField):
-        return _TEXTS[number]
+        return TEXTS[number]
     if isinstance(field, StringListField):
-        return list(_CLASSES)
+        return list(CLASSES)
     return field.schema["examples"][0]
 
 
@@ -78,7 +78,7 @@ def _picture(number: int) -> bytes:
     draw = ImageDraw.Draw(image)
     side = min(width, height) // 2
     draw.ellipse((20 * number + 10, 10, 20 * number + 10 + side, 10 + side), fill=colour)
-    draw.text((10, height - 45), _TEXTS[number][:24], colour, ImageFont.load_default(24))
+    draw.text((10, height - 45), TEXTS[number][:24], colour, ImageFont.load_default(24))
     noise = np.random.default_rng(number).integers(-12, 13, (height, width, 3))
     pixels = np.clip(np.asarray(image, np.int16) + noise, 0, 255).astype(np.uint8)
     Image.fromarray(pixels).save(file := io.BytesIO(), "PNG")

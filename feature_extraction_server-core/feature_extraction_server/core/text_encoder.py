@@ -29,7 +29,9 @@ CHARACTERS_A_TOKEN: Final = 64
 Pool = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
 
 
-def tokenize(tokenizer: Any, texts: list[str], max_tokens: int, prefix: str = "") -> list[list[int]]:
+def tokenize(
+    tokenizer: Any, texts: list[str], max_tokens: int, prefix: str = "", end: int | None = None
+) -> list[list[int]]:
     """Return each text's tokens, with the tokenizer's own at the ends, cut off after ``max_tokens``.
 
     Args:
@@ -37,6 +39,7 @@ def tokenize(tokenizer: Any, texts: list[str], max_tokens: int, prefix: str = ""
         texts: white space at their ends does not count.
         max_tokens: as many as the model was trained on.
         prefix: what the model reads before each text.
+        end: the token that ends each text, where not every tokenizer of the model adds it.
     """
     tokens: list[list[int]] = tokenizer(
         [prefix + text.strip()[: max_tokens * CHARACTERS_A_TOKEN] for text in texts],
@@ -45,7 +48,9 @@ def tokenize(tokenizer: Any, texts: list[str], max_tokens: int, prefix: str = ""
         return_attention_mask=False,
         return_token_type_ids=False,
     )["input_ids"]
-    return tokens
+    if end is None:
+        return tokens
+    return [row if row[-1] == end else [*row[: max_tokens - 1], end] for row in tokens]
 
 
 def embed_tokens(

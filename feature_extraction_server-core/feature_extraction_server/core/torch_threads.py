@@ -61,20 +61,24 @@ def split(items: Sequence[_Part]) -> list[Sequence[_Part]]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def in_parallel(function: Callable[[_Part], _Result], parts: Sequence[_Part]) -> list[_Result]:
+def in_parallel(
+    function: Callable[[_Part], _Result], parts: Sequence[_Part], most_at_once: int | None = None
+) -> list[_Result]:
     """Return what a function makes of each part, in order, where each core computes one part after the other.
 
     For models on the CPU. Cores that compute one part together wait for each other at each of its steps, the small ones
     included, and all the longer when one of them has something else to do meanwhile.
 
     Args:
-        function: computes with torch, under a ``torch.inference_mode()`` of its own; called by several threads at once.
+        function: computes with torch, under a ``torch.inference_mode()`` of its own, or with another library on few
+            threads; called by several threads at once.
         parts: about equally much to do, or the longest first.
+        most_at_once: how many parts are computed at the same time at most, for the memory's sake.
 
     Raises:
         Exception: what the function raises.
     """
-    n_threads = min(share(), len(parts))
+    n_threads = min(share(), len(parts), most_at_once or len(parts))
     if n_threads < 2:
         return [function(part) for part in parts]
     with ThreadPoolExecutor(n_threads, "torch", initializer=use, initargs=(1,)) as pool:

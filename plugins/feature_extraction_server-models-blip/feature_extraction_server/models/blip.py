@@ -5,7 +5,7 @@ Weights: Salesforce/blip-image-captioning-base, BSD-3-Clause. Paper: https://arx
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL.Image import Image
 
@@ -13,9 +13,6 @@ from feature_extraction_server.core.checkpoints import Checkpoint
 from feature_extraction_server.core.config import GenerationConfig
 from feature_extraction_server.core.generation import continue_prompts, forget_max_length, tokenize
 from feature_extraction_server.core.settings import SettingsManager
-
-if TYPE_CHECKING:
-    import torch
 
 config_types = {"image_captioning": GenerationConfig, "conditional_image_captioning": GenerationConfig}
 image_sizes = {"image_captioning": 384, "conditional_image_captioning": 384}
@@ -48,16 +45,12 @@ def image_captioning(image: list[Image], config: dict[str, Any]) -> list[list[st
 def conditional_image_captioning(image: list[Image], text: list[str], config: dict[str, Any]) -> list[list[str]]:
     import torch
 
-    pixels = checkpoint.pixel_values(image_processor, image)
-
-    def generate(rows: torch.Tensor, prompts: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
+    def generate(*, input_ids: torch.Tensor, **arguments: Any) -> Any:
         # The model's generate cuts off one token more, where the tokenizer puts the text's end.
-        input_ids = torch.nn.functional.pad(prompts, (0, 1)).to(pixels.device)
-        tokens: torch.Tensor = model.generate(pixel_values=pixels[rows], input_ids=input_ids, **arguments)
-        return tokens
+        return model.generate(input_ids=torch.nn.functional.pad(input_ids, (0, 1)), **arguments)
 
+    pixels = checkpoint.pixel_values(image_processor, image)
     prompts = [tokens[:-1] for tokens in tokenize(tokenizer, text)]
-    n_positions = model.config.text_config.max_position_embeddings
-    captions = continue_prompts(prompts, config, generate, tokenizer, n_positions=n_positions)
+    captions = continue_prompts(model, tokenizer, pixels, prompts, config, generate=generate)
     # A caption that goes on inside the text's last word begins with a WordPiece's mark.
     return [[caption.removeprefix("##") for caption in item] for item in captions]

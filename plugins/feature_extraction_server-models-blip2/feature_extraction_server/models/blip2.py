@@ -6,7 +6,7 @@ Paper: https://arxiv.org/abs/2301.12597
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from PIL.Image import Image
 
@@ -15,9 +15,6 @@ from feature_extraction_server.core.config import GenerationConfig
 from feature_extraction_server.core.errors import ModelLoadFailed
 from feature_extraction_server.core.generation import continue_prompts, forget_max_length, tokenize
 from feature_extraction_server.core.settings import SettingsManager
-
-if TYPE_CHECKING:
-    import torch
 
 config_types = {"image_captioning": GenerationConfig, "conditional_image_captioning": GenerationConfig}
 image_sizes = {"image_captioning": 224, "conditional_image_captioning": 224}
@@ -55,21 +52,7 @@ def image_captioning(image: list[Image], config: dict[str, Any]) -> list[list[st
 
 def conditional_image_captioning(image: list[Image], text: list[str], config: dict[str, Any]) -> list[list[str]]:
     pixels = checkpoint.pixel_values(image_processor, image)
-
-    def generate(rows: torch.Tensor, prompts: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
-        input_ids = prompts.to(pixels.device)
-        tokens: torch.Tensor = model.generate(pixel_values=pixels[rows], input_ids=input_ids, **arguments)
-        return tokens
-
-    n_image_tokens = model.config.num_query_tokens
-    image_tokens = [model.config.image_token_index] * n_image_tokens
+    image_tokens = [model.config.image_token_index] * model.config.num_query_tokens
     # Split, a text that spells a special token stays a text: a further <image> would crash the model.
     prompts = [image_tokens + tokens for tokens in tokenize(tokenizer, text, split_special_tokens=True)]
-    return continue_prompts(
-        prompts,
-        config,
-        generate,
-        tokenizer,
-        n_positions=model.config.text_config.max_position_embeddings,
-        n_image_tokens=n_image_tokens,
-    )
+    return continue_prompts(model, tokenizer, pixels, prompts, config, n_image_tokens=len(image_tokens))

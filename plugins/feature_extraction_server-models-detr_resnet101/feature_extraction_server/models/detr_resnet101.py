@@ -11,7 +11,7 @@ from PIL.Image import Image
 from pydantic import Field
 
 from feature_extraction_server.core.checkpoints import Checkpoint
-from feature_extraction_server.core.detections import DetectionConfig, Found, detect
+from feature_extraction_server.core.detections import DetectionConfig, Detections, Found, detect
 from feature_extraction_server.core.settings import SettingsManager
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def load_model() -> None:
     model = checkpoint.load_model(DetrForObjectDetection)
 
 
-def object_detection(image: list[Image], config: dict[str, Any]) -> list[dict[str, list[Any]]]:
+def object_detection(image: list[Image], config: dict[str, Any]) -> list[Detections]:
     names = [model.config.id2label[index] for index in range(model.config.num_labels)]
     return detect(checkpoint, image_processor, image, _find, names, DetrConfig(**config))
 

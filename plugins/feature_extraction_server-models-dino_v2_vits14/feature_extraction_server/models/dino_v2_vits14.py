@@ -11,8 +11,9 @@ from PIL import Image
 
 from feature_extraction_server.core.checkpoints import Checkpoint
 from feature_extraction_server.core.config import EmbeddingConfig
-from feature_extraction_server.core.embeddings import as_vectors, cut_strips
+from feature_extraction_server.core.embeddings import as_vectors
 from feature_extraction_server.core.settings import SettingsManager
+from feature_extraction_server.core.strips import cut_strips
 
 config_types = {"image_embedding": EmbeddingConfig}
 image_sizes = {"image_embedding": 256}

@@ -55,11 +55,5 @@ def text_query_embedding(text: list[str], config: dict[str, Any]) -> list[Any]:
 
 
 def _embed(text: list[str], prefix: str, config: dict[str, Any]) -> list[Any]:
-    tokens = [_ended(one) for one in tokenize(tokenizer, text, MAX_TOKENS, prefix)]
+    tokens = tokenize(tokenizer, text, MAX_TOKENS, prefix, end=tokenizer.eos_token_id)
     return embed_tokens(model, tokens, last_token, config, TOKENS_A_CALL)
-
-
-def _ended(tokens: list[int]) -> list[int]:
-    """Return a text's tokens with the one that ends it, which not every tokenizer of this model adds."""
-    end = tokenizer.eos_token_id
-    return tokens if tokens[-1] == end else [*tokens[: MAX_TOKENS - 1], end]

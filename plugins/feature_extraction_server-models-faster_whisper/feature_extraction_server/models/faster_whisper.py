@@ -6,39 +6,38 @@ Weights: Systran/faster-whisper-base, MIT (OpenAI's, converted). Library: https:
 from __future__ import annotations
 
 import os
-from typing import Any, Literal
+from typing import Any, Final
 
 from pydantic import Field
 
-from feature_extraction_server.core.checkpoints import REPLICA_VARIABLE, Checkpoint
-from feature_extraction_server.core.config import Config
+from feature_extraction_server.core.checkpoints import Checkpoint
 from feature_extraction_server.core.cores import N_CORES
-from feature_extraction_server.core.errors import InvalidInput, ModelLoadFailed
+from feature_extraction_server.core.errors import ModelLoadFailed
 from feature_extraction_server.core.media import Audio
 from feature_extraction_server.core.settings import SettingsManager
+from feature_extraction_server.core.speech import (
+    SAMPLING_RATE,
+    TranscriptionConfig,
+    answer,
+    check_language,
+    is_audible,
+    timed,
+)
 
-FILES = ("config.json", "model.bin", "preprocessor_config.json", "tokenizer.json", "vocabulary.*")
-SAMPLING_RATE = 16_000
-# Given silence, the model makes words up.
-SHORTEST_S = 0.1
-FAINTEST = 1e-3
+FILES: Final = ("config.json", "model.bin", "preprocessor_config.json", "tokenizer.json", "vocabulary.*")
+#: The library's arguments unless a request says otherwise. A text that a window inherits can have it repeat the same
+#: words to its end.
+ARGUMENTS: Final = {"beam_size": 1, "temperature": 0, "condition_on_previous_text": False}
 
 
-class TranscriptionConfig(Config):
+class FasterWhisperConfig(TranscriptionConfig):
     """What a client may ask of this model."""
 
-    language: str | None = Field(None, max_length=40)
-    task: Literal["transcribe", "translate"] = "transcribe"
-    timestamps: Literal["segments", "words"] | None = None
     vad_filter: bool = False
-    num_beams: int = Field(1, ge=1, le=16)
     temperature: float = Field(0, ge=0, le=1)
-    max_new_tokens: int | None = Field(None, ge=1, le=440)
-    repetition_penalty: float = Field(1, ge=0.1, le=10)
-    no_repeat_ngram_size: int = Field(0, ge=0, le=100)
 
 
-config_types = {"automated_speech_recognition": TranscriptionConfig}
+config_types = {"automated_speech_recognition": FasterWhisperConfig}
 
 checkpoint: Checkpoint
 model: Any
@@ -51,9 +50,10 @@ def add_settings(settings_manager: SettingsManager) -> None:
 
 def load_model() -> None:
     global model
+    import ctranslate2
     from faster_whisper import WhisperModel
 
-    device, index = _device()
+    device, _, number = checkpoint.device_among({"cuda": ctranslate2.get_cuda_device_count()}).partition(":")
     with checkpoint.loading() as folder:
         for name in ("config.json", "tokenizer.json"):  # CTranslate2 would go on, and the library ask the hub
             if not (folder / name).is_file():
@@ -61,7 +61,7 @@ def load_model() -> None:
         model = WhisperModel(
             str(folder),
             device=device,
-            device_index=index,
+            device_index=int(number or 0),
             compute_type=_compute_type(device),
             cpu_threads=0 if os.environ.get("OMP_NUM_THREADS") else N_CORES,  # 0 is what the variable says
         )
@@ -78,26 +78,29 @@ def provenance() -> dict[str, str]:
 
 
 def automated_speech_recognition(audio: list[Audio], config: dict[str, Any]) -> list[Any]:
-    wanted = TranscriptionConfig(**config)
-    language = _language(wanted)
-    return [_transcribe(recording, language, wanted) for recording in audio]
+    wanted = dict(config)
+    timestamps = wanted.pop("timestamps", None)
+    if (language := wanted.get("language")) is not None:
+        wanted["language"] = language.lower()
+    if "num_beams" in wanted:
+        wanted["beam_size"] = wanted.pop("num_beams")
+    check_language(config, wanted.get("language"), model.supported_languages)
+    arguments = ARGUMENTS | wanted | {"word_timestamps": timestamps == "words"}
+    return [_transcribe(recording.resampled(SAMPLING_RATE).samples, arguments, config) for recording in audio]
 
 
-def _device() -> tuple[str, int]:
-    """Return the kind and the number of the device that DEVICE names; of several GPUs, a replica's own."""
-    import ctranslate2
-
-    name = checkpoint.wanted_device
-    n_gpus = ctranslate2.get_cuda_device_count()
-    if name == "auto":
-        name = "cuda" if n_gpus else "cpu"
-    kind, _, number = name.partition(":")
-    index = int(number) if number else int(os.environ.get(REPLICA_VARIABLE, 0)) % max(1, n_gpus)
-    if kind == "mps":
-        raise ModelLoadFailed("DEVICE=mps: CTranslate2, which runs this model, knows no such device; cpu works")
-    if kind == "cuda" and index >= n_gpus:
-        raise ModelLoadFailed(f"DEVICE={name}: this machine has no such device")
-    return kind, index if kind == "cuda" else 0
+def _transcribe(samples: Any, arguments: dict[str, Any], config: dict[str, Any]) -> Any:
+    if not is_audible(samples):
+        return answer("", None, [], [], config)
+    told, info = model.transcribe(samples, **arguments)
+    segments = list(told)
+    return answer(
+        "".join(segment.text for segment in segments).strip(),
+        info.language,
+        timed((segment.start, segment.end, segment.text) for segment in segments),
+        timed((word.start, word.end, word.word) for segment in segments for word in segment.words or ()),
+        config,
+    )
 
 
 def _compute_type(device: str) -> str:
@@ -110,53 +113,3 @@ def _compute_type(device: str) -> str:
     if name not in ctranslate2.get_supported_compute_types(device):
         raise ModelLoadFailed(f"DTYPE={name}: CTranslate2, which runs this model, has none such on this {device}")
     return name
-
-
-def _language(wanted: TranscriptionConfig) -> str | None:
-    """Return the language's code, or None if it is to be detected; check what only the checkpoint can tell."""
-    code = None if wanted.language is None else wanted.language.lower()
-    if code is not None and code not in model.supported_languages:
-        known = "knows English only, and no" if not model.model.is_multilingual else "knows no code"
-        message = f"this checkpoint of Whisper {known} {wanted.language!r}; languages are given as codes, as 'de'"
-        raise InvalidInput(f"config.language: {message}", field="config.language")
-    if wanted.task == "translate" and not model.model.is_multilingual:
-        message = "this checkpoint of Whisper knows English only, and cannot translate"
-        raise InvalidInput(f"config.task: {message}", field="config.task")
-    return code
-
-
-def _transcribe(recording: Audio, language: str | None, wanted: TranscriptionConfig) -> Any:
-    segments: list[Any] = []
-    info = None
-    samples = recording.resampled(SAMPLING_RATE).samples
-    if recording.seconds >= SHORTEST_S and max(float(samples.max()), -float(samples.min())) > FAINTEST:
-        arguments = {
-            "vad_filter": wanted.vad_filter,
-            "language": language,
-            "task": wanted.task,
-            "beam_size": wanted.num_beams,
-            "temperature": wanted.temperature,
-            "max_new_tokens": wanted.max_new_tokens,
-            "repetition_penalty": wanted.repetition_penalty,
-            "no_repeat_ngram_size": wanted.no_repeat_ngram_size,
-            "word_timestamps": wanted.timestamps == "words",
-            # A text that a window inherits can have it repeat the same words to its end.
-            "condition_on_previous_text": False,
-        }
-        told, info = model.transcribe(samples, **arguments)
-        segments = list(told)
-    text = "".join(segment.text for segment in segments).strip()
-    if not any(map(str.isalnum, text)):
-        text, segments = "", []
-    if wanted.timestamps is None:
-        return text
-    answer = {"text": text, "language": info.language if info and text else None, "segments": _timed(segments)}
-    if wanted.timestamps == "words":
-        answer["words"] = [word for segment in segments for word in _timed(segment.words or ())]
-    return answer
-
-
-def _timed(told: Any) -> list[dict[str, Any]]:
-    """Return segments or words of the library as the task wants them."""
-    texts = ((one.start, one.end, getattr(one, "word", None) or getattr(one, "text", "")) for one in told)
-    return [{"start": start, "end": end, "text": text.strip()} for start, end, text in texts if text.strip()]

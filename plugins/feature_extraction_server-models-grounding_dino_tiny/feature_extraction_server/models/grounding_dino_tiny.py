@@ -11,7 +11,7 @@ from PIL.Image import Image
 from pydantic import Field
 
 from feature_extraction_server.core.checkpoints import Checkpoint
-from feature_extraction_server.core.detections import COCO_CLASSES, ClassNames, DetectionConfig, Found, detect
+from feature_extraction_server.core.detections import DetectionConfig, Detections, Found, detect, of_coco, with_classes
 from feature_extraction_server.core.image_text import MAX_CHARACTERS
 from feature_extraction_server.core.settings import SettingsManager
 
@@ -19,19 +19,13 @@ if TYPE_CHECKING:
     import torch
 
 
-class ZeroShotConfig(DetectionConfig):
+class DinoConfig(DetectionConfig):
     """What a client may ask of this model."""
 
     threshold: float = Field(0.25, ge=0, le=1)
 
 
-class CatalogueDetectionConfig(ZeroShotConfig):
-    """What a client may ask of this model where the task takes no classes."""
-
-    classes: ClassNames = COCO_CLASSES
-
-
-config_types = {"object_detection": CatalogueDetectionConfig, "zero_shot_object_detection": ZeroShotConfig}
+config_types = {"object_detection": with_classes(DinoConfig), "zero_shot_object_detection": DinoConfig}
 image_sizes = {"object_detection": 800, "zero_shot_object_detection": 800}
 
 checkpoint: Checkpoint
@@ -54,13 +48,7 @@ def load_model() -> None:
     model = checkpoint.load_model(GroundingDinoForObjectDetection)
 
 
-def object_detection(image: list[Image], config: dict[str, Any]) -> list[dict[str, list[Any]]]:
-    return zero_shot_object_detection(image, config.get("classes", COCO_CLASSES), config)
-
-
-def zero_shot_object_detection(
-    image: list[Image], classes: list[str], config: dict[str, Any]
-) -> list[dict[str, list[Any]]]:
+def zero_shot_object_detection(image: list[Image], classes: list[str], config: dict[str, Any]) -> list[Detections]:
     import torch
 
     prompts = _prompts(classes)
@@ -69,7 +57,10 @@ def zero_shot_object_detection(
         each = [_find(pixels, tokens, owners) for tokens, owners in prompts]
         return Found(*(torch.cat(parts, dim=1) for parts in zip(*each, strict=True)))
 
-    return detect(checkpoint, image_processor, image, find, classes, CatalogueDetectionConfig(**config))
+    return detect(checkpoint, image_processor, image, find, classes, DinoConfig(**config))
+
+
+object_detection = of_coco(zero_shot_object_detection)
 
 
 def _find(pixels: torch.Tensor, tokens: torch.Tensor, owners: torch.Tensor) -> Found:

@@ -5,33 +5,29 @@ Weights: google/owlvit-base-patch32, Apache-2.0. Paper: https://arxiv.org/abs/22
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from PIL.Image import Image
 
 from feature_extraction_server.core.checkpoints import Checkpoint
+from feature_extraction_server.core.class_vectors import ClassVectors
 from feature_extraction_server.core.config import CatalogueConfig
-from feature_extraction_server.core.detections import COCO_CLASSES, ClassNames, DetectionConfig, Found, select
-from feature_extraction_server.core.image_text import embed_classes
+from feature_extraction_server.core.detections import DetectionConfig, Detections, Found, of_coco, select, with_classes
+from feature_extraction_server.core.image_text import class_sentences, embed_sentences
 from feature_extraction_server.core.settings import SettingsManager
 
 
-class ZeroShotConfig(DetectionConfig, CatalogueConfig):
+class OwlVitConfig(DetectionConfig, CatalogueConfig):
     """What a client may ask of this model."""
 
 
-class CatalogueDetectionConfig(ZeroShotConfig):
-    """What a client may ask of this model where the task takes no classes."""
-
-    classes: ClassNames = COCO_CLASSES
-
-
-config_types = {"object_detection": CatalogueDetectionConfig, "zero_shot_object_detection": ZeroShotConfig}
+config_types = {"object_detection": with_classes(OwlVitConfig), "zero_shot_object_detection": OwlVitConfig}
 
 checkpoint: Checkpoint
 model: Any
 image_processor: Any
-tokenizer: Any
+class_vectors: ClassVectors
 
 
 def add_settings(settings_manager: SettingsManager) -> None:
@@ -40,30 +36,28 @@ def add_settings(settings_manager: SettingsManager) -> None:
 
 
 def load_model() -> None:
-    global model, image_processor, tokenizer
+    global model, image_processor, class_vectors
     from transformers import AutoTokenizer, OwlViTForObjectDetection, OwlViTImageProcessorPil
 
     image_processor = checkpoint.load_processor(OwlViTImageProcessorPil)
     tokenizer = checkpoint.load_processor(AutoTokenizer)
     model = checkpoint.load_model(OwlViTForObjectDetection)
+    class_vectors = ClassVectors(partial(embed_sentences, model.owlvit, tokenizer, padding="max_length"))
 
 
-def object_detection(image: list[Image], config: dict[str, Any]) -> list[dict[str, list[Any]]]:
-    return zero_shot_object_detection(image, config.get("classes", COCO_CLASSES), config)
-
-
-def zero_shot_object_detection(
-    image: list[Image], classes: list[str], config: dict[str, Any]
-) -> list[dict[str, list[Any]]]:
+def zero_shot_object_detection(image: list[Image], classes: list[str], config: dict[str, Any]) -> list[Detections]:
     import torch
 
     pixels = checkpoint.pixel_values(image_processor, image)
     with torch.inference_mode():
         # As the model's forward does, but that the names are embedded once and not for every image.
-        queries = embed_classes(model.owlvit, tokenizer, classes, config, padding="max_length").to(pixels.dtype)
+        queries = class_vectors(class_sentences(classes, config)).to(pixels.dtype)
         feature_map, _ = model.image_embedder(pixels)
         features = feature_map.flatten(1, 2)
         logits, _ = model.class_predictor(features, queries.expand(len(image), -1, -1))
         scores, labels = logits.float().sigmoid().max(dim=-1)
         found = Found(model.box_predictor(features, feature_map), scores, labels)
-    return select(found, classes, image, CatalogueDetectionConfig(**config))
+    return select(found, classes, image, OwlVitConfig(**config))
+
+
+object_detection = of_coco(zero_shot_object_detection)

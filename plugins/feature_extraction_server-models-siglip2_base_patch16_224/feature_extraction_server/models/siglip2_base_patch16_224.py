@@ -7,17 +7,10 @@ from __future__ import annotations
 
 from typing import Any, Final
 
-from PIL import Image
+from PIL.Image import Image
 
-from feature_extraction_server.core.embeddings import as_vectors
 from feature_extraction_server.core.encoder_backend import EncoderCheckpoint
-from feature_extraction_server.core.image_text import (
-    CONFIG_TYPES,
-    class_logits,
-    embed_classes,
-    embed_texts,
-    image_features,
-)
+from feature_extraction_server.core.image_text import CONFIG_TYPES, ImageTextEncoder
 from feature_extraction_server.core.settings import SettingsManager
 
 config_types = CONFIG_TYPES
@@ -28,8 +21,7 @@ READING: Final[dict[str, Any]] = {"padding": "max_length", "padding_side": "righ
 
 checkpoint: EncoderCheckpoint
 model: Any
-image_processor: Any
-tokenizer: Any
+encoder: ImageTextEncoder
 
 
 def add_settings(settings_manager: SettingsManager) -> None:
@@ -38,30 +30,27 @@ def add_settings(settings_manager: SettingsManager) -> None:
 
 
 def load_model() -> None:
-    global model, image_processor, tokenizer
+    global model, encoder
     from transformers import Siglip2Tokenizer, SiglipImageProcessorPil, SiglipModel
 
     image_processor = checkpoint.load_processor(SiglipImageProcessorPil)
     tokenizer = checkpoint.load_processor(Siglip2Tokenizer)  # the class that the checkpoint names keeps capitals
     model = checkpoint.load_model(SiglipModel)
     checkpoint.speed_up(model.text_model, "pooler_output")
+    encoder = ImageTextEncoder(checkpoint, model, image_processor, tokenizer, READING)
 
 
-def image_embedding(image: list[Image.Image], config: dict[str, Any]) -> list[Any]:
-    return as_vectors(image_features(checkpoint, model, image_processor, image), config)
+def image_embedding(image: list[Image], config: dict[str, Any]) -> list[Any]:
+    return encoder.embed_images(image, config)
 
 
 def text_embedding(text: list[str], config: dict[str, Any]) -> list[Any]:
-    return embed_texts(model, tokenizer, text, config, **READING)
+    return encoder.embed_texts(text, config)
 
 
 text_query_embedding = text_embedding  # images and captions are searched with the same vectors
 
 
-def zero_shot_image_classification(
-    image: list[Image.Image], classes: list[str], config: dict[str, Any]
-) -> list[list[float]]:
-    images = image_features(checkpoint, model, image_processor, image)
-    logits = class_logits(model, images, embed_classes(model, tokenizer, classes, config, **READING))
-    probabilities: list[list[float]] = logits.sigmoid().tolist()
+def zero_shot_image_classification(image: list[Image], classes: list[str], config: dict[str, Any]) -> list[list[float]]:
+    probabilities: list[list[float]] = encoder.class_logits(image, classes, config).sigmoid().tolist()
     return probabilities

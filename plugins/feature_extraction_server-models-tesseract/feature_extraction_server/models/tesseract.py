@@ -10,7 +10,6 @@ import csv
 import io
 import os
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import Any, Final
 
@@ -94,8 +93,7 @@ def optical_character_recognition(image: list[Image], config: dict[str, Any]) ->
         reason = f"config.language: {missing} is not installed; there is {', '.join(installed)}"
         raise InvalidInput(reason, field="config.language")
     arguments = ("-l", languages, "--psm", str(config.get("page_segmentation", 3)))
-    with ThreadPoolExecutor(min(len(image), torch_threads.share())) as threads:
-        found = list(threads.map(lambda picture: _read(picture, arguments), image))
+    found = torch_threads.in_parallel(lambda picture: _read(picture, arguments), image)
     return [answer(lines, picture, config) for lines, picture in zip(found, image, strict=True)]
 
 

@@ -43,16 +43,10 @@ def load_model() -> None:
 
 
 def image_captioning(image: list[Image], config: dict[str, Any]) -> list[list[str]]:
-    pixels = checkpoint.pixel_values(image_processor, image)
-
     end = tokenizer.eos_token_id  # GPT-2 has one special token for all purposes
-    n_positions = model.config.decoder.max_position_embeddings
 
-    def generate(rows: torch.Tensor, prompts: torch.Tensor, arguments: dict[str, Any]) -> torch.Tensor:
-        starts = prompts.to(pixels.device)
-        tokens: torch.Tensor = model.generate(
-            pixels[rows], decoder_input_ids=starts, eos_token_id=end, pad_token_id=end, **arguments
-        )
-        return tokens
+    def generate(*, input_ids: torch.Tensor, **arguments: Any) -> Any:
+        return model.generate(decoder_input_ids=input_ids, eos_token_id=end, pad_token_id=end, **arguments)
 
-    return continue_prompts([[end]] * len(image), config, generate, tokenizer, n_positions=n_positions)
+    pixels = checkpoint.pixel_values(image_processor, image)
+    return continue_prompts(model, tokenizer, pixels, [[end]] * len(image), config, generate=generate)

