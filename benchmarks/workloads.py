@@ -172,19 +172,20 @@ class ZeroShot(Workload):
 
     def compare(self, images: Any, catalogues: list[list[str]]) -> list[list[float]]:
         """Return how probable each class of an image's catalogue is for it."""
+        # Each catalogue once, however many requests of the batch name it.
+        texts = {catalogue: self.embed_classes(catalogue) for catalogue in set(map(tuple, catalogues))}
+        pairs = zip(images, catalogues, strict=True)
+        return [self.probabilities(image, texts[tuple(classes)]) for image, classes in pairs]
+
+    def probabilities(self, images: Any, classes: Any) -> Any:
+        """Return how probable each class is for an image, or for each of several, from their vectors."""
         import torch
 
         with torch.inference_mode():
-            # Each catalogue once, however many requests of the batch name it.
-            texts = {catalogue: self._embed(catalogue) for catalogue in set(map(tuple, catalogues))}
-            scale = self._model.logit_scale.exp()
-            return [
-                (scale * texts[tuple(classes)] @ image).softmax(dim=0).tolist()
-                for image, classes in zip(images, catalogues, strict=True)
-            ]
+            return (self._model.logit_scale.exp() * images @ classes.T).softmax(dim=-1).tolist()
 
-    def _embed(self, classes: tuple[str, ...]) -> Any:
-        """Embed texts whose tokens are their bytes, since random weights need no vocabulary."""
+    def embed_classes(self, classes: Sequence[str]) -> Any:
+        """Return the classes' vectors, (n_classes, n_dimensions). Without a vocabulary, tokens are bytes."""
         import torch
 
         config: Any = self._model.config.text_config
@@ -192,8 +193,9 @@ class ZeroShot(Workload):
         longest = max(map(len, rows))
         ids = torch.tensor([row + [config.eos_token_id] * (longest - len(row)) for row in rows])
         mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-        features = self._model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
-        return torch.nn.functional.normalize(features)
+        with torch.inference_mode():
+            features = self._model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
+            return torch.nn.functional.normalize(features)
 
 
 WORKLOADS: Final[dict[str, type[Workload]]] = {
