@@ -23,7 +23,7 @@ BUILT_IN_CONSUMERS = {
     f"consumers.{file.stem}" for file in (CORE / "feature_extraction_server" / "consumers").glob("[!_]*.py")
 }
 GUNICORN = (
-    "gunicorn -w ${NUMBER_OF_WORKERS} -b :5000 --timeout 600 --preload "
+    "gunicorn -w ${NUMBER_OF_WORKERS:-1} -b :5000 --timeout 600 --preload "
     "'feature_extraction_server.flask.entrypoint:entrypoint()'"
 )
 

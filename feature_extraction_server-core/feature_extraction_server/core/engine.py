@@ -108,7 +108,7 @@ class Engine(ApplicationInterface):
         if self.jobs is not None:
             self.jobs.close()
         for model in self._models.values():
-            model.stop()
+            model.stop(asked=False)
         give_up_at = time.monotonic() + self.settings.stop_grace_period
         for model in self._models.values():
             model.join(max(0, give_up_at - time.monotonic()))
@@ -142,7 +142,7 @@ class Engine(ApplicationInterface):
         idle = [(since, model.name) for model in active if (since := model.idle_since) is not None]
         if idle:
             _, longest = min(idle)
-            self._models[longest].stop()
+            self._models[longest].stop(asked=False)
             with suppress(DeadlineExceeded):  # the caller looks at the time
                 self._models[longest].wait_for_state(set(State) - {State.STOPPING}, deadline)
         return False

@@ -84,7 +84,9 @@ class ModelRun:
         self.queue: Final = queue
         # Accepted and not yet answered, the ones in a batch included.
         self.jobs: Final[set[Job]] = {job for job in queue if not job.ended}
-        self.pids: Callable[[], list[int]] = lambda: [os.getpid()]  # where the model lives
+        self.pids: Callable[[], list[int]] = lambda: [os.getpid()]  # where the model lives on this machine
+        self.replicas: Callable[[], list[dict[str, Any]]] = self._one_a_process
+        self.stop_was_asked = False  # by a client, not by a limit or the end of the server
         self.origin: Origin | None = None  # of its answers; known once it is loaded
         self.download: Download | None = None  # what is on its way, while the model loads
         self.loaded = False
@@ -93,6 +95,9 @@ class ModelRun:
         self.grace_timer: threading.Timer | None = None
         self._model = model
         self._globals_before: dict[str, Any] = {}
+
+    def _one_a_process(self) -> list[dict[str, Any]]:
+        return [{"node": None, "pid": pid, "state": "running" if self.loaded else "loading"} for pid in self.pids()]
 
     @property
     def is_wanted(self) -> bool:
@@ -142,13 +147,23 @@ class ModelRun:
         finally:
             self.end("its consumer left")
 
-    def end(self, reason: str) -> None:
-        """Unload the model and leave the run. ``reason`` tells why, where nobody asked for it."""
+    def stop(self) -> None:
+        """Stop the model as a client does, where it was stopped elsewhere."""
+        if self.is_wanted:
+            self._model.stop(asked=False)
+
+    def end(self, reason: str, retry_after: float | None = None) -> None:
+        """Unload the model and leave the run.
+
+        Args:
+            reason: tells why, where nobody asked for it.
+            retry_after: in how many seconds those who wait may try again, where that is known.
+        """
         if not self._model._claim_end(self):
             return
         if self.loaded:
             self._unload()
-        self._model._run_ended(self, reason)
+        self._model._run_ended(self, reason, retry_after)
 
     def _unload(self) -> None:
         unload_model = getattr(self.module, "unload_model", None)
@@ -223,8 +238,12 @@ class Model:
             run = self._start_locked()
         self._launch(run)
 
-    def stop(self) -> None:
-        """Stop the model. Returns at once; accepted jobs may finish within the grace period, then get a 503."""
+    def stop(self, *, asked: bool = True) -> None:
+        """Stop the model. Returns at once; accepted jobs may finish within the grace period, then get a 503.
+
+        Args:
+            asked: whether a client wants it; otherwise a limit does, or the end of the server.
+        """
         self.notice_dead_consumer()
         with self._changed:
             self._restart = False
@@ -234,6 +253,7 @@ class Model:
                 self._set_state(State.STOPPED)
             elif self._state in _ON_ITS_WAY:
                 assert self._run is not None
+                self._run.stop_was_asked = asked
                 self._set_state(State.STOPPING)
                 if self._run.jobs:
                     self._set_grace_timer(self._run)
@@ -321,10 +341,11 @@ class Model:
         """Return the model's state as a JSON-ready dict.
 
         ``state_seconds`` is how long it has been in its state, ``progress`` how far its start has come (None when it is
-        not starting), ``load_seconds`` how long its last load took, ``pids`` the processes it runs in, ``memory_bytes``
-        what these hold (other models of theirs included), ``engine_pid`` the one that has its queue, ``provenance``
-        where its answers come from (None unless it is loaded). ``counts`` are since the engine's start; a failure is a
-        job answered with a 5xx.
+        not starting), ``load_seconds`` how long its last load took, ``pids`` the processes of this machine that it runs
+        in, ``replicas`` these and those elsewhere (``node`` is None here), ``memory_bytes`` what the former hold (other
+        models of theirs included), ``engine_pid`` the one that has its queue, ``provenance`` where its answers come
+        from (None unless it is loaded). ``counts`` are since the engine's start; a failure is a job answered with a
+        5xx.
         """
         self.notice_dead_consumer()
         with self._changed:
@@ -354,6 +375,7 @@ class Model:
                     "failures": self._n_failures,
                 },
                 "pids": pids,
+                "replicas": run.replicas() if run else [],
                 "engine_pid": os.getpid(),
             }
 
@@ -430,7 +452,7 @@ class Model:
             self._n_failed_loads += 1
             jobs, run_next = self._leave(run, reason)
             self._retry_at = time.monotonic() + self.options.load_retry_delay
-        self._fail(jobs, ModelLoadFailed(reason))
+        self._fail(jobs, ModelLoadFailed(reason, retry_after=self.options.load_retry_delay))
         self._launch(run_next)
 
     def _next_batch(self, run: ModelRun) -> Batch | None:
@@ -465,14 +487,14 @@ class Model:
                 logger.error("The model %s ends unasked", self.name)
             return claimed
 
-    def _run_ended(self, run: ModelRun, reason: str) -> None:
+    def _run_ended(self, run: ModelRun, reason: str, retry_after: float | None) -> None:
         message = f"the model {self.name} is not available: {reason}"
         with self._changed:
             while_loading = self._state in _STARTING
             jobs, run_next = self._leave(run, message)
             if while_loading:
                 self._retry_at = time.monotonic() + self.options.load_retry_delay
-        self._fail(jobs, ModelUnavailable(message))
+        self._fail(jobs, ModelUnavailable(message, retry_after=retry_after))
         self._launch(run_next)
 
     # Steps that need the lock, which the caller holds

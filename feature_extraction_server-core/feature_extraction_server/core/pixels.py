@@ -10,17 +10,20 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import pickle
 import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, SupportsIndex, TypeAlias
 from weakref import WeakValueDictionary
 
 from PIL import Image
 
 from feature_extraction_server.core.cores import N_CORES
 
+#: A picture's mode (None: RGB in the layout of a region), its width and height, and its pixels.
+Packed: TypeAlias = tuple[str | None, tuple[int, int], Any]
 _BYTES_A_PIXEL: Final = 4  # as Pillow keeps RGB: red, green, blue, and one that means nothing
 _LAYOUT: Final = "RGBX"
 _MIN_BYTES: Final = 4 << 20
@@ -97,6 +100,40 @@ def read(memory: mmap.mmap, size: tuple[int, int]) -> Image.Image:
     """Return a copy of the picture at a region's start."""
     with memoryview(memory) as view, view[: n_bytes(size)] as pixels:
         return Image.frombytes("RGB", size, pixels, "raw", _LAYOUT)
+
+
+def pack(picture: Image.Image) -> Packed:
+    """Return an RGB picture's size and its pixels, of which pickle's protocol 5 can make a buffer; others as they are.
+
+    For those who send pictures by other ways than a region; ``unpack`` makes the picture of it again.
+    """
+    if picture.mode != "RGB":
+        return picture.mode, picture.size, picture.tobytes()
+    owner, pixels = _view(picture)
+    return None, picture.size, _Owned(owner, pixels)
+
+
+def unpack(packed: Packed) -> Image.Image:
+    """Return the picture that ``pack`` was given."""
+    mode, size, pixels = packed
+    if mode is not None:
+        return Image.frombytes(mode, size, pixels)
+    return Image.frombytes("RGB", size, pixels, "raw", _LAYOUT)
+
+
+class _Owned:
+    """Pixels that a buffer is made of, and what keeps them alive until that is done."""
+
+    def __init__(self, owner: Any, pixels: Any) -> None:
+        self._owner = owner
+        self._pixels = pixels
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
+        return _as_it_is, (pickle.PickleBuffer(self._pixels),)
+
+
+def _as_it_is(pixels: Any) -> Any:
+    return pixels
 
 
 def _nameless_file() -> int:

@@ -44,7 +44,8 @@ class Plugin:
     def version(self) -> str | None:
         """The version of the distribution that the plugin is installed from; None where it is not installed."""
         built_in = self.kind == "consumers" and self.name in BUILT_IN_CONSUMERS
-        distribution = f"{NAMESPACE}-core" if built_in else f"{NAMESPACE}-{self.kind}-{self.name}"
+        name = self.name.removesuffix("_consumer") if self.kind == "consumers" else self.name
+        distribution = f"{NAMESPACE}-core" if built_in else f"{NAMESPACE}-{self.kind}-{name}"
         try:
             return metadata.version(distribution)
         except metadata.PackageNotFoundError:
@@ -166,7 +167,18 @@ def discover(settings_manager: SettingsManager, kinds: Sequence[str] = KINDS) ->
                     raise
                 words = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
                 plugins.append(Plugin(kind, name, None, words, traceback.format_exc()))
+        if kind == "models":
+            _add_settings_by_model(plugins, settings_manager)
     return Registry(tuple(sorted(plugins, key=lambda plugin: (plugin.kind, plugin.name))))
+
+
+def _add_settings_by_model(plugins: Sequence[Plugin], settings_manager: SettingsManager) -> None:
+    """Let those consumers that have settings for each model declare them, now that the models are known."""
+    models = [plugin.name for plugin in plugins if plugin.kind == "models" and plugin.module is not None]
+    for plugin in plugins:
+        add_model_settings = getattr(plugin.module, "add_model_settings", None)
+        if plugin.kind == "consumers" and add_model_settings is not None:
+            add_model_settings(settings_manager, models)
 
 
 def _module_names(kind: str) -> Iterator[str]:

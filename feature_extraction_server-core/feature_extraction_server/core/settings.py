@@ -71,6 +71,12 @@ class Setting(Generic[T]):
         assert self._manager is not None
         return self._manager._value(self)
 
+    @property
+    def given(self) -> str | None:
+        """The text that was given, which ``get()`` has the value of; None where the default is in force."""
+        assert self._manager is not None
+        return self._manager._given(self.name)
+
     def parse(self, text: str) -> T:
         """Turn a given text into the setting's value.
 

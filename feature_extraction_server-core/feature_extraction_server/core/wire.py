@@ -221,12 +221,12 @@ def send_answer(channel: Channel, answer: tuple[Any, ...]) -> None:
     """
     succeeded, result, *rest = answer
     try:
-        channel.send((succeeded, _without_torch(result), *rest))
+        channel.send((succeeded, without_torch(result), *rest))
     except (pickle.PicklingError, TypeError, AttributeError) as error:  # before a byte of it was sent
         channel.send((False, ModelError(f"the model's result cannot leave its process: {error}"), *rest))
 
 
-def _without_torch(result: Any) -> Any:
+def without_torch(result: Any) -> Any:
     """Turn tensors, wherever they stand in a result, into NumPy arrays: not every process should need torch."""
     torch = sys.modules.get("torch")
     if torch is None or not hasattr(torch, "Tensor"):  # nobody has it, or another thread is still importing it
@@ -235,9 +235,9 @@ def _without_torch(result: Any) -> Any:
         tensor = result.detach().cpu()
         return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
     if isinstance(result, (list, tuple)):
-        return [_without_torch(element) for element in result]
+        return [without_torch(element) for element in result]
     if isinstance(result, dict):
-        return {key: _without_torch(element) for key, element in result.items()}
+        return {key: without_torch(element) for key, element in result.items()}
     return result
 
 

@@ -1,0 +1,282 @@
+"""Say how many servers and replicas a rate of requests needs, by simulation; write the answers to CAPACITY.md.
+
+    python benchmarks/capacity.py --rates 500 --goal-ms 300 --percentile 99
+    python benchmarks/capacity.py --curve-ms 1:12,8:30,32:90 --web-ms 14 --rates 200 2000
+    python benchmarks/capacity.py --write          # the tables of CAPACITY.md, in minutes
+
+What requests and calls cost is read from ``capacity.json``; each number may be given as an option instead.
+``simulation.py`` beside this file says what is simulated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Final
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks.simulation import Costs, Load, Outage, Outcome, simulate  # noqa: E402 - the path is set above
+
+BENCHMARKS: Final = ROOT / "benchmarks"
+RATES: Final = (100, 1_000, 10_000, 100_000)
+#: So many requests a simulation, but not for less than so many seconds.
+N_REQUESTS: Final = 100_000
+MIN_SECONDS: Final = 3.0
+WARM_UP_S: Final = 1.0
+SEEDS: Final = (1, 2, 3)
+
+
+class Unreachable(Exception):
+    """No number of servers and replicas reaches the goal."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """The latency that a percentile of the requests may have, and the part of the time that it must be kept."""
+
+    ms: float = 300.0
+    percentile: float = 99.0
+    availability: float = 0.9999
+
+
+@dataclass(frozen=True)
+class Failures:
+    """How long a node runs between failures, and how long until its replicas are ready again, on average."""
+
+    mtbf_h: float = 720.0
+    mttr_min: float = 10.0
+
+    @property
+    def up(self) -> float:
+        """The part of the time that a node is up."""
+        return self.mtbf_h / (self.mtbf_h + self.mttr_min / 60)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The fewest replicas that keep the goal, then the fewest servers that do with so many, and what fails beside."""
+
+    load: Load
+    servers: int
+    replicas: int
+    calls: int  # that a server may have under way
+    outcome: Outcome
+    spare_servers: int
+    nodes: int
+    spare_nodes: int
+    #: A node fails that is not spare any more: what it delays, until the next node is there.
+    failure: Outcome
+
+
+def fewest(meets: Callable[[int], bool], at_least: int, at_most: int) -> int:
+    """Return the smallest number that meets what is asked, where all larger ones do as well.
+
+    Raises:
+        Unreachable: none up to ``at_most`` does.
+    """
+    low, high, step = at_least, at_least, 1
+    while not meets(high):
+        low, high, step = high + 1, high + step, 2 * step
+        if low > at_most:
+            raise Unreachable
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if meets(middle) else (middle + 1, high)
+    return high
+
+
+def spares(needed: int, up: float, availability: float) -> int:
+    """Return how many more there must be so that ``needed`` are up for this part of the time, each by itself."""
+    extra = 0
+    while True:
+        n = needed + extra
+        at_least_needed = math.fsum(
+            math.exp(_log_choices(n, k) + (n - k) * math.log(up) + k * math.log1p(-up)) for k in range(extra + 1)
+        )
+        if at_least_needed >= availability:
+            return extra
+        extra += 1
+
+
+def _log_choices(n: int, k: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+
+
+def least_replicas(costs: Costs, rate: float) -> int:
+    """Return how many replicas do as many requests a second as come, none of them ever idle."""
+    fastest = max(n / costs.replica_ms(n) for n in range(1, costs.max_batch_size + 1))
+    return max(1, math.ceil(rate / 1e3 / fastest))
+
+
+def least_servers(costs: Costs, rate: float) -> int:
+    """Return how many servers do their part for as many requests a second as come, in the largest calls."""
+    engine_ms = costs.engine_ms + costs.call_ms / costs.max_batch_size
+    return max(1, math.ceil(rate / 1e3 * max(costs.web_ms / costs.web_cores, engine_ms)))
+
+
+def plan(costs: Costs, load: Load, goal: Goal, failures: Failures) -> Plan:
+    """Return what a load needs.
+
+    Raises:
+        Unreachable: the goal is too near to what a request takes that is alone.
+    """
+    rate = load.requests_per_s
+    seconds = WARM_UP_S + max(MIN_SECONDS, min(60.0, N_REQUESTS / rate))
+
+    def kept(servers: int, replicas: int, seeds: Sequence[int] = SEEDS[:1]) -> bool:
+        outcomes = (simulate(costs, load, servers, replicas, seconds, seed) for seed in seeds)
+        return all(outcome.percentile_ms(goal.percentile, WARM_UP_S) <= goal.ms for outcome in outcomes)
+
+    n_servers, n_replicas = least_servers(costs, rate), least_replicas(costs, rate)
+    many = 2 * n_servers + 1
+    try:
+        replicas = fewest(lambda n: kept(many, n), n_replicas, 10 * n_replicas + 10)
+        while not kept(many, replicas, SEEDS[1:]):
+            replicas += 1
+    except Unreachable:
+        alone = costs.web_ms + costs.engine_ms + costs.call_ms + costs.network_ms + costs.replica_ms(1)
+        raise Unreachable(f"{goal.ms:g} ms cannot be kept: a request that is alone takes {alone:.3g} ms") from None
+    servers = fewest(lambda n: kept(n, replicas, SEEDS), n_servers, many)
+    nodes = math.ceil(replicas / costs.replicas_per_node)
+    failure = simulate(
+        costs, load, servers, replicas + costs.replicas_per_node, seconds, SEEDS[0], [[Outage(seconds / 2, math.inf)]]
+    )
+    return Plan(
+        load,
+        servers,
+        replicas,
+        costs.calls_of_a_server(servers, replicas),
+        simulate(costs, load, servers, replicas, seconds, SEEDS[0]),
+        spares(servers, failures.up, goal.availability),
+        nodes,
+        spares(nodes, failures.up, goal.availability),
+        failure,
+    )
+
+
+# What is read and written
+
+
+def table(plans: Sequence[Plan], goal: Goal) -> list[str]:
+    """Return the plans as a table in Markdown."""
+    percentile = f"{goal.percentile:g} % ms"
+    head = [
+        "Requests/s",
+        "Replicas",
+        "Nodes + spare",
+        "Servers + spare",
+        "Calls a server",
+        "Median ms",
+        percentile,
+        "Requests a call",
+    ]
+    head += ["Replicas busy", "Servers busy", "A failure delays", f"{percentile} then", "Slowest ms"]
+    rows = []
+    for one in plans:
+        outcome, failure, half = one.outcome, one.failure, one.failure.seconds / 2
+        row = [f"{one.load.requests_per_s:,g}", f"{one.replicas:,}"]
+        row += [f"{one.nodes:,} + {one.spare_nodes}", f"{one.servers:,} + {one.spare_servers}"]
+        row += [f"{one.calls}"]
+        row += [f"{outcome.percentile_ms(part, WARM_UP_S):.0f}" for part in (50, goal.percentile)]
+        row += [f"{outcome.mean_batch:.1f}", f"{outcome.utilisation:.0%}", f"{outcome.web_utilisation:.0%}"]
+        row += [f"{failure.n_requests_lost}"]
+        row += [f"{failure.percentile_ms(part, half - 0.1):.0f}" for part in (goal.percentile, 100)]
+        rows.append(row)
+    return markdown(head, rows)
+
+
+def comparison(measured: Sequence[dict[str, Any]], costs: Costs) -> list[str]:
+    """Return a table of what was measured and what the simulation says of the same load."""
+    head = ["Replicas", "Connections", "Requests a call, at most", "Measured requests/s", "Simulated", "Off by"]
+    rows = []
+    for point in measured:
+        same = replace(costs, max_batch_size=point["max_batch_size"])
+        load = Load(clients=point["connections"])
+        outcome = simulate(same, load, n_servers=1, n_replicas=point["replicas"], seconds=21)
+        simulated, wanted = outcome.requests_per_s(WARM_UP_S), point["requests_per_s"]
+        numbers = [f"{point[key]}" for key in ("replicas", "connections", "max_batch_size")]
+        rows.append([*numbers, f"{wanted:.1f}", f"{simulated:.1f}", f"{simulated / wanted - 1:+.1%}"])
+    return markdown(head, rows)
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = [head, ["---:"] * len(head), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--inputs", type=Path, default=BENCHMARKS / "capacity.json", help="what was measured")
+    parser.add_argument("--rates", type=float, nargs="+", default=RATES, help="requests a second")
+    parser.add_argument("--burst", type=float, default=1.0, help="how much higher the rate is in a tenth of the time")
+    parser.add_argument("--write", action="store_true", help="write CAPACITY.md; else the tables are printed")
+    parser.add_argument("--curve-ms", type=curve, help="milliseconds of a replica by requests a call, as in 1:12,32:90")
+    for kind in (Goal, Failures, Costs):
+        for one in fields(kind):
+            if one.default is not MISSING:
+                option = f"--goal-{one.name}" if kind is Goal and one.name == "ms" else f"--{one.name}"
+                parser.add_argument(option.replace("_", "-"), type=type(one.default), dest=one.name)
+    return parser.parse_args(arguments)
+
+
+def curve(text: str) -> dict[int, float]:
+    """Read a curve, as in ``1:12,32:90``."""
+    pairs = [pair.split(":") for pair in text.split(",")]
+    return {int(n): float(ms) for n, ms in pairs}
+
+
+def inputs(options: argparse.Namespace) -> tuple[Costs, Goal, Failures, dict[str, Any]]:
+    """Return the costs, of the file and the options, the goal, the failures, and the rest of the file."""
+    known: dict[str, Any] = json.loads(options.inputs.read_text())
+    told = {name: value for name, value in vars(options).items() if value is not None}
+
+    def own(kind: type) -> dict[str, Any]:
+        return {one.name: told[one.name] for one in fields(kind) if one.name in told}
+
+    return costs_of(known["costs"] | own(Costs)), Goal(**own(Goal)), Failures(**own(Failures)), known
+
+
+def costs_of(told: dict[str, Any]) -> Costs:
+    """Return costs as a file tells them: there, the numbers of a curve's requests are texts."""
+    return Costs(**told | {"curve_ms": {int(n): ms for n, ms in told["curve_ms"].items()}})
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
+    began = time.monotonic()
+    costs, goal, failures, known = inputs(options)
+    try:
+        plans = [plan(costs, Load(rate, burst=options.burst), goal, failures) for rate in options.rates]
+    except Unreachable as error:
+        sys.exit(f"capacity.py: {error}")
+    asked = f"{goal.percentile:g} % of the requests answered within {goal.ms:g} ms, {goal.availability:.2%} of the time"
+    lines = [
+        f"* asked for: {asked}" + (f"; bursts of {options.burst:g} times the rate" if options.burst > 1 else ""),
+        f"* a node fails every {failures.mtbf_h:g} h on average and is back after {failures.mttr_min:g} minutes",
+        f"* costs: `{json.dumps(vars(costs))}`",
+        f"* measured: {known['source']}",
+        "",
+        *table(plans, goal),
+    ]
+    if measured := known.get("measured"):
+        lines += ["", "## Simulated and measured", "", *comparison(measured, costs_of(known["costs"]))]
+    if not options.write:
+        sys.stdout.write("\n".join([*lines, ""]))
+        return
+    page = BENCHMARKS / "CAPACITY.md"
+    head = page.read_text().split("## What is needed", 1)[0] if page.exists() else "# Capacity\n\n"
+    took = f"Written by `benchmarks/capacity.py --write` in {time.monotonic() - began:.0f} s of simulation."
+    page.write_text(head + "\n".join(["## What is needed", "", took, "", *lines, ""]))
+
+
+if __name__ == "__main__":
+    main()

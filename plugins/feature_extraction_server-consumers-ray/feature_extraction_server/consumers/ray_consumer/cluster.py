@@ -1,0 +1,468 @@
+"""What the driver asks of Ray: deploys models as applications of Ray Serve, calls them, and watches them.
+
+Every method may be called from any thread. Ray itself is imported when the first model starts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Final
+
+from PIL import Image
+
+from feature_extraction_server.consumers.ray_consumer import settings
+from feature_extraction_server.consumers.ray_consumer.replica import END, FAILED
+from feature_extraction_server.core import pixels
+from feature_extraction_server.core.errors import ModelError, ModelLoadFailed, ModelUnavailable
+from feature_extraction_server.core.plugins import Registry
+
+logger = logging.getLogger(__name__)
+
+DEPLOYMENT: Final = "model"
+#: How often a call is run at most where the replicas that it is run on die.
+MAX_TRIES: Final = 3
+_POLL_S: Final = 1.0
+_CHECK_S: Final = 0.1  # between looks at whether somebody still waits
+_ANSWER_TIMEOUT_S: Final = 10.0  # of Ray Serve's controller
+_CONNECT_TIMEOUT_S: Final = 3.0
+#: Calls that one replica may have at a time, those that wait included: of all servers together.
+_MAX_ONGOING: Final = 64
+#: Replicas that are busy for more of their time than this make Ray Serve start more. A server has no more calls under
+#: way than there are replicas, so that what waits in its queue does not count.
+_TARGET_ONGOING: Final = 0.8
+_REASON: Final = re.compile(re.escape(FAILED) + r"(.*?)" + re.escape(END))
+
+
+class App:
+    """A model on the cluster, as far as this server uses it. ``changed`` guards what the watch keeps up to date."""
+
+    def __init__(self, name: str, model: str, handle: Any, provenance: dict[str, str | None]) -> None:
+        self.name = name
+        self.model = model
+        self.handle = handle
+        self.provenance = provenance
+        self.changed = threading.Condition()
+        self.replicas: list[dict[str, Any]] = []
+        self.gone = False
+
+    def take(self, details: dict[str, Any] | None) -> None:
+        """Take note of what Ray Serve tells of it; None: it has been deleted."""
+        replicas = [] if details is None else _replicas(details)
+        with self.changed:
+            if self.gone != (details is None) or self.replicas != replicas:
+                self.gone, self.replicas = details is None, replicas
+                self.changed.notify_all()
+
+
+class Cluster:
+    """The Ray cluster that RAY_ADDRESS names, or one on this machine that ends with this object."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+        self._lock = threading.Lock()
+        self._connected = False
+        self._answers = True  # whether Ray Serve's controller did, when it was last asked
+        self._folder: str | None = None  # of a cluster of our own
+        self._apps: dict[str, App] = {}
+
+    def start(
+        self, model: str, grace_s: float, is_wanted: Callable[[], bool]
+    ) -> tuple[dict[str, str | None], str, list[dict[str, Any]]]:
+        """Find a model on the cluster or deploy it, and wait until it has a replica.
+
+        Args:
+            grace_s: how long its replicas may take to finish what they have accepted when it is stopped.
+
+        Returns:
+            Where its answers come from, this node's address, and the replicas.
+
+        Raises:
+            ModelLoadFailed: with the reason, and the node where it happened.
+        """
+        self._connect()
+        import ray
+        from ray import serve
+
+        name = f"{settings.general('RAY_APP_PREFIX')}_{model}"
+        details = self._wait_for_replica(name, model, grace_s, is_wanted)
+        handle = serve.get_deployment_handle(DEPLOYMENT, name)
+        provenance = handle.provenance.remote().result(timeout_s=_ANSWER_TIMEOUT_S)
+        app = App(name, model, handle.options(method_name="call"), provenance)
+        app.take(details)
+        self._apps[model] = app
+        return provenance, ray.util.get_node_ip_address(), app.replicas
+
+    def call(
+        self,
+        model: str,
+        function: str,
+        positional: tuple[Any, ...],
+        arguments: dict[str, Any],
+        id: str | None,
+        is_wanted: Callable[[], bool],
+    ) -> tuple[bool, Any]:
+        """Run a model's function on some replica; where that dies, on another.
+
+        Returns:
+            Whether it succeeded, and its result or its error.
+
+        Raises:
+            ModelUnavailable: too many replicas died of it, or the model is no longer on the cluster.
+        """
+        import ray
+        from ray.serve.exceptions import RayServeException
+
+        app = self._apps[model]
+        for n_tries in range(1, MAX_TRIES + 1):
+            try:
+                succeeded, answer, provenance = self._wait(
+                    app, app.handle.remote(function, positional, arguments, id), is_wanted
+                )
+            except ray.exceptions.RayTaskError as error:
+                return False, ModelError(f"the model {model} failed on the Ray cluster: {error.cause}")
+            except (ray.exceptions.RayError, RayServeException) as error:
+                logger.warning("A replica of the model %s failed (try %d): %s", model, n_tries, error)
+                if not self._answers:
+                    raise ModelUnavailable("the head of the Ray cluster does not answer", retry_after=5) from None
+                reason = str(error).strip().rpartition("\n")[2]
+            else:
+                if _differ(provenance, app.provenance):
+                    raise ModelUnavailable(
+                        f"a replica of the model {model} has loaded something else: {provenance}, not {app.provenance}"
+                    )
+                return succeeded, answer
+        raise ModelUnavailable(
+            f"{MAX_TRIES} replicas of the model {model} died of this request, the last one: {reason}"
+        )
+
+    def watch(self, model: str, tell: Callable[[list[dict[str, Any]]], None]) -> None:
+        """Tell the replicas whenever there are others, until the model is no longer on the cluster, or let go of."""
+        app = self._apps[model]
+        told = None
+        while not app.gone:
+            with app.changed:
+                app.changed.wait_for(lambda known=told: app.gone or app.replicas != known, _POLL_S)
+                replicas = app.replicas
+            if replicas != told and not app.gone:
+                tell(replicas)
+                told = replicas
+
+    def stop(self, model: str, for_all: bool) -> None:
+        """Let go of a model, and delete it ``for_all`` servers. On a cluster of our own there are no others."""
+        from ray import serve
+
+        app = self._apps.pop(model)
+        try:
+            if (for_all or self._folder is not None) and not app.gone:
+                serve.delete(app.name)
+        finally:
+            app.take(None)
+
+    def close(self) -> None:
+        """Leave the cluster, and end it where it is our own."""
+        if self._connected and self._folder is not None:
+            import ray
+
+            ray.shutdown()
+            self._remove_folder()
+
+    def _remove_folder(self) -> None:
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    # Connecting
+
+    def _connect(self) -> None:
+        with self._lock:
+            if not self._connected:
+                self._init()
+                self._connected = True
+                threading.Thread(target=self._poll, name="poll", daemon=True).start()
+
+    def _init(self) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        address = settings.general(settings.ADDRESS)
+        if address is None:
+            self._prepare_own_cluster()
+        elif address != "auto":
+            _require_listener(address)
+        try:
+            import ray
+            from ray import serve
+        except ImportError as error:
+            raise ModelLoadFailed(
+                f"the package ray[serve], which the ray_consumer needs, is not installed ({error})"
+            ) from None
+        options: dict[str, Any] = {"log_to_driver": False, "include_dashboard": None, "address": address}
+        if address is None:
+            options |= {"address": "local", "include_dashboard": False, "_temp_dir": self._folder}
+        if settings.general("RAY_SHIP_PLUGINS"):
+            options["runtime_env"] = {"py_modules": [_collect_modules()]}
+        for name in ("ray", "ray.serve"):
+            logging.getLogger(name).setLevel(logging.WARNING)
+        try:
+            ray.init(**{key: value for key, value in options.items() if value is not None}, logging_level="warning")
+            serve.start(proxy_location="Disabled")
+        except Exception as error:
+            logger.exception("The Ray cluster cannot be used")
+            ray.shutdown()
+            self._remove_folder()
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise ModelLoadFailed(
+                f"the Ray cluster {address or 'on this machine'} cannot be used: {reason}", retry_after=5
+            ) from None
+        ray.util.register_serializer(Image.Image, serializer=pixels.pack, deserializer=pixels.unpack)
+
+    def _prepare_own_cluster(self) -> None:
+        """Have Ray keep to this machine, to a folder of its own, and to those who have this process's token.
+
+        Ray reads these variables when it is imported.
+        """
+        self._folder = tempfile.mkdtemp(prefix="fes-ray-")
+        os.environ |= {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # listen on the loopback interface alone
+        }
+
+    # Deploying
+
+    def _wait_for_replica(self, name: str, model: str, grace_s: float, is_wanted: Callable[[], bool]) -> dict[str, Any]:
+        configuration = self._configuration(model)
+        deployed = False
+        waiting_since = time.monotonic()
+        try:
+            while is_wanted():
+                app = self._details().get(name)
+                details = app and app["deployments"].get(DEPLOYMENT)
+                status = app and _word(app["status"])
+                if app is None or (status == "deploy_failed" and not deployed):
+                    self._deploy(name, model, grace_s, configuration)
+                    deployed = True
+                elif status == "deploy_failed":
+                    raise ModelLoadFailed(_reason(details or app))
+                elif status != "deleting" and details:
+                    self._compare(model, configuration, details)
+                    if any(replica["state"] == "running" for replica in _replicas(details)):
+                        return dict(details)
+                    if any(replica.get("node_id") for replica in details["replicas"]):
+                        waiting_since = time.monotonic()  # one has found its node and is loading
+                    elif time.monotonic() - waiting_since > settings.general("RAY_PLACEMENT_TIMEOUT"):
+                        raise ModelLoadFailed(_no_room(model))
+                time.sleep(_CHECK_S)
+            raise ModelUnavailable(f"the model {model} was stopped while it was starting")
+        except BaseException:
+            if deployed:
+                self._delete(name)
+            raise
+
+    def _deploy(self, name: str, model: str, grace_s: float, configuration: str) -> None:
+        from ray import cloudpickle, serve
+        from ray.serve.config import RequestRouterConfig
+
+        from feature_extraction_server.consumers.ray_consumer import replica
+
+        cloudpickle.register_pickle_by_value(replica)
+        demand = settings.demand(model)
+        scaling: dict[str, Any] = {"num_replicas": demand.min_replicas}
+        if demand.min_replicas != demand.max_replicas:
+            scaling = {
+                "autoscaling_config": {
+                    "min_replicas": demand.min_replicas,
+                    "initial_replicas": max(1, demand.min_replicas),
+                    "max_replicas": demand.max_replicas,
+                    "target_ongoing_requests": _TARGET_ONGOING,
+                }
+            }
+        deployment = serve.deployment(
+            replica.Replica,
+            name=DEPLOYMENT,
+            ray_actor_options={
+                "num_cpus": demand.num_cpus,
+                "num_gpus": demand.num_gpus,
+                "resources": demand.resources,
+            },
+            max_ongoing_requests=_MAX_ONGOING,
+            max_constructor_retry_count=1,
+            graceful_shutdown_timeout_s=grace_s,
+            health_check_period_s=2,
+            user_config={"configuration": configuration},
+            request_router_config=RequestRouterConfig(
+                request_router_class="feature_extraction_server.consumers.ray_consumer.router.LeastBusyRouter"
+            ),
+            logging_config={"enable_access_log": False},
+            **scaling,
+        )
+        # Servers that deploy the same at the same time must not replace each other's replicas.
+        deployment._version = hashlib.blake2b(configuration.encode(), digest_size=8).hexdigest()
+        target = deployment.bind(model, self._given(model), logging.getLogger("feature_extraction_server").level)
+        serve.run_many(
+            [serve.RunTarget(target, name=name, route_prefix=None)],
+            wait_for_ingress_deployment_creation=False,
+            wait_for_applications_running=False,
+        )
+
+    def _given(self, model: str) -> dict[str, str]:
+        """Return the settings of a model that were given to this server, as its replicas get them."""
+        declared = self._registry.plugin("models", model).settings
+        return {setting.name: setting.given for setting in declared if setting.given is not None}
+
+    def _configuration(self, model: str) -> str:
+        """Return, as JSON, all that must be the same for servers to share a model's replicas."""
+        plugin = self._registry.plugin("models", model)
+        given = self._given(model)
+        for setting in plugin.settings:
+            if setting.is_secret and setting.name in given:
+                given[setting.name] = hashlib.blake2b(given[setting.name].encode(), digest_size=8).hexdigest()
+        told = {"version of the plugin": plugin.version, **vars(settings.demand(model)), **given}
+        return json.dumps(told, sort_keys=True)
+
+    @staticmethod
+    def _compare(model: str, configuration: str, details: dict[str, Any]) -> None:
+        found = (details["deployment_config"].get("user_config") or {}).get("configuration", "{}")
+        if found == configuration:
+            return
+        theirs, ours = json.loads(found), json.loads(configuration)
+        differences = ", ".join(
+            f"{key} is {theirs.get(key)!r}, not {ours.get(key)!r}"
+            for key in sorted(theirs.keys() | ours.keys())
+            if theirs.get(key) != ours.get(key)
+        )
+        raise ModelLoadFailed(
+            f"the model {model} runs on the Ray cluster with other settings: {differences}; stop it first, or use "
+            "another RAY_APP_PREFIX"
+        )
+
+    def _delete(self, name: str) -> None:
+        from ray import serve
+
+        with suppress(Exception):  # another server may have done it
+            serve.delete(name)
+
+    # Watching
+
+    def _poll(self) -> None:
+        while True:
+            time.sleep(_POLL_S)
+            try:
+                found = self._details()
+                self._answers = True
+            except Exception as error:  # Ray may fail in many ways while the head is away
+                if self._answers:
+                    logger.warning("Ray Serve's controller does not answer: %s", error)
+                self._answers = False
+                continue
+            for app in list(self._apps.values()):
+                details = found.get(app.name)
+                deleted = details is None or _word(details["status"]) == "deleting"
+                app.take(None if deleted else details["deployments"].get(DEPLOYMENT))
+
+    @staticmethod
+    def _details() -> dict[str, Any]:
+        import ray
+        from ray.serve.context import _get_global_client
+
+        asked = _get_global_client()._controller.get_serve_instance_details.remote()
+        found: dict[str, Any] = ray.get(asked, timeout=_ANSWER_TIMEOUT_S)["applications"]
+        return found
+
+    def _wait(self, app: App, response: Any, is_wanted: Callable[[], bool]) -> Any:
+        try:
+            while True:
+                try:
+                    return response.result(timeout_s=_CHECK_S)
+                except TimeoutError:
+                    if app.gone:
+                        raise ModelUnavailable(f"the model {app.model} was stopped", retry_after=1) from None
+                    if not is_wanted():
+                        raise ModelUnavailable("nobody waits for it any more") from None
+        except (ModelUnavailable, EOFError, OSError):
+            response.cancel()
+            raise
+
+
+def _replicas(details: dict[str, Any]) -> list[dict[str, Any]]:
+    return [
+        {"node": replica.get("node_ip"), "pid": replica.get("pid"), "state": _word(replica["state"])}
+        for replica in details["replicas"]
+    ]
+
+
+def _word(state: Any) -> str:
+    return str(getattr(state, "value", state)).lower()
+
+
+def _reason(details: dict[str, Any]) -> str:
+    """Return why replicas failed to load, as one of them put it, or else the end of what Ray says."""
+    message = str(details["message"])
+    found = _REASON.search(message)
+    if found is not None:
+        return str(json.loads(found[1]))
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return lines[-1] if lines else "Ray does not say why"
+
+
+def _differ(provenance: dict[str, str | None], known: dict[str, str | None]) -> bool:
+    return any(provenance[key] != known[key] for key in provenance if key != "device")
+
+
+def _no_room(model: str) -> str:
+    import ray
+    from ray._private.state import available_resources_per_node
+
+    asked = _in_words(settings.demand(model).of_a_replica())
+    free = available_resources_per_node()
+    nodes = [
+        f"{node['NodeManagerAddress']} ({_in_words(_free_of(node, free.get(node['NodeID'], {})))})"
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+    return (
+        f"no node of the Ray cluster has room for a replica of the model {model}, which takes {asked}; "
+        f"there are {', '.join(nodes) or 'none'}"
+    )
+
+
+def _free_of(node: dict[str, Any], free: dict[str, float]) -> dict[str, str]:
+    return {
+        name: f"{free.get(name, 0):g} of {total:g} free"
+        for name, total in sorted(node["Resources"].items())
+        if not name.startswith("node:") and name not in ("memory", "object_store_memory")
+    }
+
+
+def _in_words(amounts: dict[str, Any]) -> str:
+    return ", ".join(f"{name}: {amount}" for name, amount in amounts.items()) or "nothing"
+
+
+def _require_listener(address: str) -> None:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), _CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ModelLoadFailed(f"no Ray cluster answers at {address} (RAY_ADDRESS): {error}", retry_after=5) from None
+
+
+def _collect_modules() -> str:
+    """Return a folder with the core and all plugins of this server's installation, as one package."""
+    import feature_extraction_server
+
+    target = os.path.join(tempfile.mkdtemp(prefix="fes-modules-"), "feature_extraction_server")
+    for folder in feature_extraction_server.__path__:
+        shutil.copytree(
+            folder, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"), copy_function=shutil.copy
+        )
+    return target

@@ -1,0 +1,90 @@
+"""The driver: the process that speaks with Ray for all models of an engine.
+
+    python -m feature_extraction_server.consumers.ray_consumer.driver SOCKET
+
+The engine hands it sockets by that one, and a thread serves each. It ends when the engine has gone, and Ray ends it
+when the cluster has gone: the engine starts another one with the next model.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import threading
+from typing import Any
+
+from feature_extraction_server.consumers.ray_consumer.cluster import Cluster
+from feature_extraction_server.consumers.ray_consumer.driver_process import GIVE_UP, MODULE
+from feature_extraction_server.core import subprocesses
+from feature_extraction_server.core.errors import ServerError
+from feature_extraction_server.core.settings import SettingsManager
+from feature_extraction_server.core.setup import set_up
+from feature_extraction_server.core.wire import Channel, send_answer
+
+logger = logging.getLogger(MODULE)  # in the process itself, __name__ is another
+
+
+def main(file_descriptor: int) -> None:
+    """Serve the sockets that come, until the engine has gone."""
+    subprocesses.ignore_signals()
+    control = socket.socket(fileno=file_descriptor)
+    registry, _, _ = set_up(SettingsManager(), kinds=subprocesses.KINDS)
+    cluster = Cluster(registry)
+    while True:
+        data, descriptors, _, _ = socket.recv_fds(control, 1, 1)
+        if not data:
+            break
+        channel = Channel(socket.socket(fileno=descriptors[0]))
+        threading.Thread(target=_serve, args=(channel, cluster), name="connection", daemon=True).start()
+    cluster.close()
+    logging.shutdown()
+    os._exit(0)  # Ray's threads must not keep it
+
+
+def _serve(channel: Channel, cluster: Cluster) -> None:
+    try:
+        while True:
+            message = channel.receive()
+            if message == GIVE_UP:  # it crossed the answer
+                continue
+            method, *arguments = message
+            if method == "watch":
+                cluster.watch(*arguments, channel.send)
+                channel.send(None)
+                return
+            send_answer(channel, _answer(cluster, channel, method, *arguments))
+    except (EOFError, OSError):  # the engine has left
+        pass
+    finally:
+        channel.close()
+
+
+def _answer(cluster: Cluster, channel: Channel, method: str, *arguments: Any) -> tuple[bool, Any]:
+    given_up = False
+
+    def is_wanted() -> bool:
+        nonlocal given_up
+        if not given_up and channel.wait_for_news(0):
+            channel.receive()  # it says that nobody waits any more
+            given_up = True
+        return not given_up
+
+    try:
+        if method == "call":
+            return cluster.call(*arguments, is_wanted=is_wanted)
+        if method == "start":
+            return True, cluster.start(*arguments, is_wanted=is_wanted)
+        return True, cluster.stop(*arguments)
+    except ServerError as error:
+        return False, error.with_traceback(None)
+    except (EOFError, OSError):
+        raise
+    except Exception as error:
+        logger.exception("Ray failed on a request")
+        return False, ServerError(f"Ray failed on this request: {type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

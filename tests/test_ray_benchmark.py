@@ -1,0 +1,60 @@
+"""What benchmarks/ray_cluster.py works out of its measurements, and what it writes. It measures nothing here."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from benchmarks.capacity import costs_of
+from benchmarks.ray_cluster import FINDINGS, PARTS, costs, main, tables
+
+
+def measured(p50_ms: float, engine_ms: float, requests_a_call: float) -> dict[str, Any]:
+    load = {"requests_per_s": 100.0, "p50_ms": p50_ms, "p99_ms": 2 * p50_ms, "n_errors": 0}
+    return load | {"web_ms": 0.7, "engine_ms": engine_ms, "requests_a_call": requests_a_call}
+
+
+OVERHEAD = {
+    "engine_1": measured(1.0, 0.2, 1),
+    "engine_32": measured(20.0, 0.15, 10),
+    "ray_1": measured(9.0, 3.2, 1),
+    "ray_32": measured(25.0, 0.5, 10),
+}
+
+
+def test_costs_of_a_request_and_of_a_call_are_told_apart() -> None:
+    found = costs(OVERHEAD)
+
+    # 0.2 ms a request and 3 ms a call: 3.2 ms for a call of one, 0.5 ms a request for calls of ten.
+    assert found == {"web_ms": 0.7, "engine_ms": 0.2, "call_ms": 3.0, "network_ms": 5.0}
+
+
+def test_replicas_are_compared_with_as_many_times_one() -> None:
+    points = [
+        {"replicas": n, "max_batch_size": 1, "connections": 4 * n} | measured(200, 0, 1) | {"requests_per_s": rate}
+        for n, rate in ((1, 20.0), (2, 38.0))
+    ]
+
+    rows = [line.split(" | ") for line in tables({"scaling": points}) if line.startswith("| 1 |")]
+
+    assert [row[-1] for row in rows] == ["1.00 |", "0.95 |"]
+
+
+def test_difference_to_the_engine_is_told() -> None:
+    assert "| 1 | difference |  | +8.00 | +16.00 |  |  |" in tables({"overhead": OVERHEAD})
+
+
+def test_part_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--parts", "weather"])
+
+    assert "invalid choice" in capsys.readouterr().err
+
+
+def test_kept_findings_are_what_the_simulation_reads() -> None:
+    known = json.loads(FINDINGS.read_text())
+
+    assert costs_of(known["costs"]).replica_ms(1) == 50
+    assert known["ray"].keys() <= PARTS.keys()
