@@ -20,6 +20,7 @@ import yaml
 
 from demo.speaker_weights import source_folder
 from feature_extraction_server.core import checkpoints
+from feature_extraction_server.core.check import check
 from feature_extraction_server.core.engine import Engine
 from feature_extraction_server.flask.app import create_app
 from tests.plugins.asking import Ask
@@ -166,6 +167,10 @@ def test_segments_are_those_that_the_library_finds(
     names = list(dict.fromkeys(one["speaker"] for one in told["diarization"]))
     assert [int(one["speaker"][-1]) for one in answer] == [names.index(one["speaker"]) for one in told["diarization"]]
     assert n is None or n_speakers(answer) == n
+
+
+def test_passes_the_check(tiny_engine: Engine) -> None:
+    assert check(tiny_engine, "pyannote", measured_seconds=0)["failures"] == []
 
 
 def test_segments_of_a_batch_are_those_of_its_recordings_alone(ask: Ask) -> None:

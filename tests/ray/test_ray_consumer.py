@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -180,6 +182,7 @@ def test_a_node_that_lacks_the_plugin_is_named_and_gets_it_where_plugins_are_shi
         shipping = serve(**bare, RAY_SHIP_PLUGINS="true")
         assert ask(shipping, ECHO).json() == ["40x9 (255, 0, 0)"]
         assert replicas(shipping, "fake_echo")[0]["node"] == "127.0.0.5"
+        assert not list(Path(tempfile.gettempdir()).glob("fes-modules-*"))
         stop(shipping, "fake_echo")
     finally:
         cluster.kill("127.0.0.5")

@@ -209,12 +209,15 @@ class Cluster:
         options: dict[str, Any] = {"log_to_driver": False, "include_dashboard": None, "address": address}
         if address is None:
             options |= {"address": "local", "include_dashboard": False, "_temp_dir": self._folder}
-        if settings.general("RAY_SHIP_PLUGINS"):
-            options["runtime_env"] = {"py_modules": [_collect_modules()]}
         for name in ("ray", "ray.serve"):
             logging.getLogger(name).setLevel(logging.WARNING)
         try:
-            ray.init(**{key: value for key, value in options.items() if value is not None}, logging_level="warning")
+            # Ray has sent what is in the folder when it returns.
+            with tempfile.TemporaryDirectory(prefix="fes-modules-") as staging:
+                if settings.general("RAY_SHIP_PLUGINS"):
+                    options["runtime_env"] = {"py_modules": [_collect_modules(staging)]}
+                given = {key: value for key, value in options.items() if value is not None}
+                ray.init(**given, logging_level="warning")
             serve.start(proxy_location="Disabled")
         except Exception as error:
             logger.exception("The Ray cluster cannot be used")
@@ -456,11 +459,11 @@ def _require_listener(address: str) -> None:
         raise ModelLoadFailed(f"no Ray cluster answers at {address} (RAY_ADDRESS): {error}", retry_after=5) from None
 
 
-def _collect_modules() -> str:
-    """Return a folder with the core and all plugins of this server's installation, as one package."""
+def _collect_modules(staging: str) -> str:
+    """Copy the core and all plugins of this installation into a folder, as one package, and return its path."""
     import feature_extraction_server
 
-    target = os.path.join(tempfile.mkdtemp(prefix="fes-modules-"), "feature_extraction_server")
+    target = os.path.join(staging, "feature_extraction_server")
     for folder in feature_extraction_server.__path__:
         shutil.copytree(
             folder, target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"), copy_function=shutil.copy
