@@ -1,9 +1,10 @@
-"""Fixtures: a Ray cluster of a head and two nodes, which all tests of this folder share, and servers that use it."""
+"""Fixtures: a Ray cluster of a head and two nodes, which a module's tests share, and servers that use it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,7 @@ from dev_server import ROOT
 from tests.conftest import Server
 from tests.ray.cluster import RayCluster
 
-pytest.importorskip("ray.serve", reason="ray[serve] is not installed: nothing of the ray_consumer can be tested")
-
+HAS_RAY = find_spec("ray") is not None
 CONFIGURED = ("-c", str(ROOT / "gunicorn.conf.py"), "-w", "1")
 NODES = ("127.0.0.3", "127.0.0.4")
 MODELS = ("fake_echo", "fake_slow", "fake_fragile", "fake_broken")
@@ -27,9 +27,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.process)
+            item.add_marker(pytest.mark.skipif(not HAS_RAY, reason="ray[serve] is not installed"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster() -> Iterator[RayCluster]:
     made = RayCluster()
     try:
