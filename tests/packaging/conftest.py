@@ -46,6 +46,11 @@ def plugin_name(folder: Path) -> str:
     return f"{name}_consumer" if name.startswith("consumers.") else name
 
 
+BUILT_IN_CONSUMERS: Final = {
+    f"consumers.{file.stem}" for file in (CORE / "feature_extraction_server" / "consumers").glob("[!_]*.py")
+}
+
+
 class Environment:
     """A virtual environment of its own that also sees the packages of the running one, the dependencies that is.
 
@@ -88,7 +93,7 @@ class Environment:
             path: folders to put on PYTHONPATH.
         """
         found = json.loads(self.run("python", "-c", _DISCOVER, PYTHONPATH=os.pathsep.join(map(str, path))))
-        return {name: Path(file) for name, file in found.items() if not name.startswith("consumers.")}
+        return {name: Path(file) for name, file in found.items() if name not in BUILT_IN_CONSUMERS}
 
     def variables(self, **settings: str) -> dict[str, str]:
         """Return the variables of a shell in which the environment is activated."""

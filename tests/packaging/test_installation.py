@@ -9,7 +9,7 @@ import pytest
 
 from dev_server import ROOT
 from tests.conftest import Server
-from tests.packaging.conftest import CORE, PLUGINS, Environment, plugin_name
+from tests.packaging.conftest import BUILT_IN_CONSUMERS, CORE, PLUGINS, Environment, plugin_name
 
 pytestmark = pytest.mark.packaging
 
@@ -19,9 +19,6 @@ def names(folders: Iterable[Path]) -> set[str]:
 
 
 ALL_PLUGINS = names(PLUGINS)
-BUILT_IN_CONSUMERS = {
-    f"consumers.{file.stem}" for file in (CORE / "feature_extraction_server" / "consumers").glob("[!_]*.py")
-}
 GUNICORN = (
     "gunicorn -w ${NUMBER_OF_WORKERS:-1} -b :5000 --timeout 600 --preload "
     "'feature_extraction_server.flask.entrypoint:entrypoint()'"
