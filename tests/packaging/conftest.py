@@ -46,7 +46,7 @@ def plugin_name(folder: Path) -> str:
     return f"{name}_consumer" if name.startswith("consumers.") else name
 
 
-BUILT_IN_CONSUMERS: Final = {
+BUILT_IN_CONSUMERS = {
     f"consumers.{file.stem}" for file in (CORE / "feature_extraction_server" / "consumers").glob("[!_]*.py")
 }
 
