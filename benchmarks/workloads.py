@@ -148,7 +148,7 @@ class ZeroShot(Workload):
 
         torch.manual_seed(3)
         self._model = CLIPModel(CLIPConfig())
-        self._model.eval()  # type: ignore[no-untyped-call]
+        self._model.eval()
         self._image_processor = CLIPImageProcessorPil()
 
     @staticmethod

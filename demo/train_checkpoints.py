@@ -308,7 +308,7 @@ def build_blip() -> tuple[Any, Any]:
         image_text_hidden_size=WIDTH,
     )
     image_processor = BlipImageProcessorPil(size={"height": SIDE, "width": SIDE})
-    processor = BlipProcessor(image_processor, tokenizer)  # type: ignore[no-untyped-call]
+    processor = BlipProcessor(image_processor, tokenizer)
     return BlipForConditionalGeneration(config), processor
 
 
@@ -486,7 +486,7 @@ def build_clip() -> tuple[Any, Any]:
     # The whole picture is resized, where CLIP would cut off what is outside the middle square.
     square = {"height": CLASSIFIER_SIDE, "width": CLASSIFIER_SIDE}
     image_processor = CLIPImageProcessorPil(size=square, crop_size=square)
-    processor = CLIPProcessor(image_processor, tokenizer)  # type: ignore[no-untyped-call]
+    processor = CLIPProcessor(image_processor, tokenizer)
     return CLIPModel(config), processor
 
 
@@ -600,7 +600,7 @@ def build_owlvit() -> tuple[Any, Any]:
     start_owlvit_heads(model)
     square = {"height": DETECTOR_SIDE, "width": DETECTOR_SIDE}
     image_processor = OwlViTImageProcessorPil(size=square, crop_size=square)
-    return model, OwlViTProcessor(image_processor, tokenizer)  # type: ignore[no-untyped-call]
+    return model, OwlViTProcessor(image_processor, tokenizer)
 
 
 def load_owlvit(folder: Path) -> tuple[Any, Any]:
@@ -780,7 +780,7 @@ def build_blip2() -> tuple[Any, Any]:
     )
     image_processor = BlipImageProcessorPil(size={"height": SIDE, "width": SIDE})
     # The processor adds the token <image> to the tokenizer.
-    processor = Blip2Processor(image_processor, tokenizer, IMAGE_TOKENS)  # type: ignore[no-untyped-call]
+    processor = Blip2Processor(image_processor, tokenizer, IMAGE_TOKENS)
     layers = {"hidden_size": WIDTH, "num_attention_heads": 4}
     dropped = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     config = Blip2Config(

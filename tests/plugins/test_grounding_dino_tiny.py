@@ -38,7 +38,7 @@ def direct() -> Callable[..., dict[str, list[Any]]]:
     folder = checkpoint("grounding_dino_tiny")
     model: Any = GroundingDinoForObjectDetection.from_pretrained(folder)
     image_processor = GroundingDinoImageProcessorPil.from_pretrained(folder)
-    processor: Any = GroundingDinoProcessor(image_processor, AutoTokenizer.from_pretrained(folder))  # type: ignore[no-untyped-call]
+    processor: Any = GroundingDinoProcessor(image_processor, AutoTokenizer.from_pretrained(folder))
 
     def detect(picture: Image.Image, classes: list[str], threshold: float = 0.25) -> dict[str, list[Any]]:
         inputs = processor(images=picture.convert("RGB"), text=[classes], return_tensors="pt")

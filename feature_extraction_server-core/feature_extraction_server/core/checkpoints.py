@@ -304,7 +304,7 @@ class Checkpoint:
     def _load(self, loaded_class: Any, arguments: dict[str, Any]) -> Any:
         from transformers.utils.logging import disable_progress_bar
 
-        disable_progress_bar()  # type: ignore[no-untyped-call]
+        disable_progress_bar()
         with self.loading() as folder, _one_more_loading():
             return loaded_class.from_pretrained(str(folder), **arguments)
 
