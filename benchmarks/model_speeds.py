@@ -1,11 +1,11 @@
 """Measure how many items a second each model manages on this machine, and write the tables of MODEL_SPEEDS.md.
 
-    python benchmarks/model_speeds.py                              # every model: half an hour, 32 GB of memory and disk
+    python benchmarks/model_speeds.py                              # every model: an hour, 17 GB of memory
     python benchmarks/model_speeds.py --models blip tesseract      # the other models' rows stay as they are
     python benchmarks/model_speeds.py --backends                   # what ENCODER_BACKEND=onnxruntime changes
 
-Where packages carry trained weights, those are used. The other models get random weights in checkpoints of the size of
-the real ones, which take as long; they are removed afterwards. Each model runs in a process of its own, through the
+Where packages carry trained weights, those are used. The other models get random weights of the size of the real ones,
+which take as long; they are drawn in memory, and never lie on the disk. Each model runs in a process of its own, by the
 server's engine. What is measured, and how, is what ``feature_extraction_server.core.check`` does for one model.
 """
 
@@ -26,7 +26,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module, metadata
 from itertools import cycle, islice
@@ -42,6 +42,7 @@ sys.path += [str(path) for path in PATHS if str(path) not in sys.path]  # for wh
 from benchmarks.bench import busy_s, cpu_name, family, say  # noqa: E402 - the path is set above
 from feature_extraction_server.core import subprocesses  # noqa: E402
 from feature_extraction_server.core.check import BATCH_ITEMS, Trial, measure, rate  # noqa: E402
+from feature_extraction_server.core.checkpoints import Checkpoint  # noqa: E402
 from feature_extraction_server.core.cores import N_CORES  # noqa: E402
 from feature_extraction_server.core.detections import COCO_CLASSES  # noqa: E402
 from feature_extraction_server.core.errors import ServerError  # noqa: E402
@@ -90,7 +91,7 @@ class Size:
 
     config: dict[str, Any]
     pictures: dict[str, Any] = field(default_factory=dict)
-    #: What it takes of memory in float32, and about as much of disk; 0 for less than anybody lacks.
+    #: What it takes of memory in float32; 0 for less than anybody lacks.
     gigabytes: float = 0
 
 
@@ -274,7 +275,7 @@ TRAINED: Final = (
     "tesseract",
     "whisper",
 )
-MODELS: Final = sorted((*SIZES, *TRAINED))
+MODELS: Final = sorted((*SIZES, *TRAINED, "pyannote"))
 
 
 @dataclass(frozen=True)
@@ -313,33 +314,56 @@ HEADER: Final = f"| Model | Task | Weights | Items | One by one | In batches of 
 BACKEND_HEADER: Final = "| Model | Input | torch | onnxruntime | Ratio | Largest difference |"
 
 
-# Checkpoints of the real size
+# Checkpoints and weights of the real size
 
 
 def build(model: str, folder: Path) -> None:
-    """Write a checkpoint that differs from the tests' tiny one by its size; its words are single tokens, as real ones.
+    """Write a checkpoint without weights, which differs from the tests' tiny one by what says how large it is.
 
     Args:
         model: one of SIZES.
         folder: where it goes; it must not exist.
     """
-    import torch
+    from tests.checkpoints import checkpoint
 
-    from tests.checkpoints import checkpoint, transformers
-
-    transformers().utils.logging.disable_progress_bar()
     size, tiny = SIZES[model], checkpoint(model)
     shutil.copytree(tiny, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.bin"))
-    config = merged(json.loads((tiny / "config.json").read_text()), size.config)
-    model_class = getattr(transformers(), config["architectures"][0])
-    torch.manual_seed(20)
-    model_class(model_class.config_class.from_dict(config)).save_pretrained(folder)
-    if (tiny / "generation_config.json").exists():
-        shutil.copy(tiny / "generation_config.json", folder)
-    if (pictures := folder / "preprocessor_config.json").exists():
-        pictures.write_text(json.dumps(merged(json.loads(pictures.read_text()), size.pictures)))
+    for name, changes in (("config.json", size.config), ("preprocessor_config.json", size.pictures)):
+        if (file := folder / name).exists():
+            file.write_text(json.dumps(merged(json.loads(file.read_text()), changes)))
     if (folder / "tokenizer.json").exists():
         add_words(folder)
+
+
+def build_pyannote(folder: Path) -> None:
+    """Write a checkpoint in whose place the hub has a gated one: half of its weights are trained, the others random."""
+    from tests import pyannote_checkpoint
+
+    folder.mkdir()
+    with pyannote_checkpoint.library():
+        embedding: Any = import_module("pyannote.audio.models.embedding")
+        pyannote_checkpoint.write(folder, embedding.WeSpeakerResNet34(), 256, 128)
+
+
+def random_weights(checkpoint: Checkpoint, model_class: Any, **arguments: Any) -> Any:
+    """Take the place of ``Checkpoint.load_model``: weights of the size that a checkpoint tells are drawn, not read."""
+    import torch
+    from transformers import AutoConfig
+    from transformers.initialization import no_init_weights
+
+    arguments.pop("may_lack", None)
+    config = AutoConfig.from_pretrained(checkpoint.download())
+    with no_init_weights():
+        model = model_class._from_config(config, dtype=checkpoint.dtype, **arguments).eval()
+    # To draw each of some billions by itself takes minutes.
+    drawn = 0.02 * torch.randn(1 << 20, generator=torch.Generator().manual_seed(20))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            parameter.data.fill_(float(name.endswith("weight")))  # of a norm; else it is a bias
+            continue
+        for part in parameter.data.view(-1).split(len(drawn)):
+            part.copy_(drawn[: len(part)])
+    return model
 
 
 def merged(content: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -359,30 +383,43 @@ def add_words(folder: Path) -> None:
     from tests.checkpoints import transformers
 
     tokenizer = transformers().AutoTokenizer.from_pretrained(folder)
-    words = {word for text in (*TEXTS, *CLASSES, *COCO_CLASSES) for word in re.findall(r"\w+", text)}
+    instruction = import_module("feature_extraction_server.models.e5mistral7b_instruct").INSTRUCTION
+    texts = (*TEXTS, *CLASSES, *COCO_CLASSES, f"Instruct Query {instruction}")
+    words = {word for text in texts for word in re.findall(r"\w+", text)}
     tokenizer.add_tokens([AddedToken(word, lstrip=True, single_word=True) for word in sorted(words)])
     tokenizer.save_pretrained(folder)
 
 
 @contextmanager
-def checkpoint_of(model: str, keep: Path | None) -> Iterator[tuple[dict[str, str], str]]:
-    """Give the settings with which a model finds weights, and what these are."""
+def checkpoint_of(model: str) -> Iterator[tuple[dict[str, str], str]]:
+    """Give the settings with which a model finds weights or, for random ones, their sizes; and what the weights are."""
     if (found := trained(model)) is not None:
         yield found
         return
-    folder = (keep or Path(tempfile.mkdtemp(prefix="speeds-"))) / model
-    try:
-        if not folder.exists():
-            say(f"  building {folder}")
-            try:
-                in_own_process(build, model, folder)
-            except BaseException:
-                shutil.rmtree(folder, ignore_errors=True)
-                raise
-        yield {f"{model.upper()}_CHECKPOINT": str(folder)}, RANDOM
-    finally:
-        if keep is None:
-            shutil.rmtree(folder.parent)
+    with tempfile.TemporaryDirectory(prefix="speeds-") as parent:
+        folder = Path(parent) / model
+        settings = {f"{model.upper()}_CHECKPOINT": str(folder)}
+        if model == "pyannote":
+            in_own_process(build_pyannote, folder)
+            yield settings, "trained in part"
+        else:
+            in_own_process(build, model, folder)
+            dtype = precision(model)
+            yield settings | {"DTYPE": dtype}, RANDOM if dtype == "float32" else f"{RANDOM}, {dtype}"
+
+
+def precision(model: str) -> str:
+    """Return in which precision a model's random weights find room in memory.
+
+    Raises:
+        MemoryError: in none; the sentence says how much it takes.
+    """
+    free = psutil.virtual_memory().available - 1e9
+    gigabytes = SIZES[model].gigabytes
+    for dtype, share in (("float32", 1), ("bfloat16", 0.5)):
+        if gigabytes * share * 1e9 < free:
+            return dtype
+    raise MemoryError(f"needs {gigabytes / 2:g} GB of memory")
 
 
 # Measuring
@@ -390,7 +427,7 @@ def checkpoint_of(model: str, keep: Path | None) -> Iterator[tuple[dict[str, str
 
 def speeds(model: str, settings: dict[str, str], weights: str, seconds: float) -> list[Row]:
     """Return a row for each task of a model; to be called in a process of its own."""
-    with trials(model, settings) as found:
+    with trials(model, settings, weights) as found:
         rows = []
         for trial, items in found:
             trial.samples[:] = samples_for(model, trial.task) or trial.samples
@@ -424,7 +461,7 @@ def own_s() -> float:
     return float(sum(sum(process.cpu_times()[:4]) for process in family(psutil.Process())))
 
 
-def backend_speeds(model: str, settings: dict[str, str], seconds: float) -> list[BackendRow]:
+def backend_speeds(model: str, settings: dict[str, str], weights: str, seconds: float) -> list[BackendRow]:
     """Return what onnxruntime does for a text and for many; to be called in a process of its own."""
     words = cycle(" ".join(TEXTS).split())
     lengths = [ONE_TEXT, *(4 + n * (LONGEST_TEXT - 4) // (N_TEXTS - 1) for n in range(N_TEXTS))]
@@ -432,7 +469,7 @@ def backend_speeds(model: str, settings: dict[str, str], seconds: float) -> list
     measured: dict[str, tuple[float, float]] = {}
     answers: dict[str, list[list[float]]] = {}
     for backend in ("torch", "onnxruntime"):
-        with trials(model, settings | {"ENCODER_BACKEND": backend}) as found:
+        with trials(model, settings | {"ENCODER_BACKEND": backend}, weights) as found:
             trial = next(trial for trial, _ in found if trial.task == "text_embedding")
             answers[backend] = [trial.single(one), *trial.batch(many)]
             # The functions are called before the next ones take their place.
@@ -448,10 +485,12 @@ def backend_speeds(model: str, settings: dict[str, str], seconds: float) -> list
 
 
 @contextmanager
-def trials(model: str, settings: dict[str, str]) -> Iterator[list[tuple[Trial, str]]]:
-    """Start a model, and give a trial of each of its tasks and what its items are."""
+def trials(model: str, settings: dict[str, str], weights: str) -> Iterator[list[tuple[Trial, str]]]:
+    """Start a model, and give a trial of each of its tasks and what its items are; in a process of its own."""
+    if weights.startswith(RANDOM):
+        Checkpoint.load_model = random_weights  # type: ignore[method-assign, assignment]
     os.environ.update(settings | {"DEVICE": "cpu"})  # which is what models in processes of their own see
-    with tempfile.TemporaryDirectory(prefix="speeds-") as folder:
+    with library_of(model), tempfile.TemporaryDirectory(prefix="speeds-") as folder:
         logs = {"LOG_LEVEL": "ERROR", "LOG_PATH": str(Path(folder) / "log.txt")}
         engine = build_engine(SettingsManager({**os.environ, **logs}), kinds=subprocesses.KINDS)
         try:
@@ -461,6 +500,15 @@ def trials(model: str, settings: dict[str, str]) -> Iterator[list[tuple[Trial, s
             ]
         finally:
             engine.close()
+
+
+def library_of(model: str) -> AbstractContextManager[Any]:
+    """Return what puts a model's library on Python's path, where it is not there as all others are."""
+    if model != "pyannote":
+        return nullcontext()
+    from tests import pyannote_checkpoint
+
+    return pyannote_checkpoint.library()
 
 
 def items_of(spec: Any) -> str:
@@ -547,8 +595,8 @@ def cell(rows: Sequence[Row]) -> str:
     for items in dict.fromkeys(row.items for row in rows):
         row = min((row for row in rows if row.items == items), key=lambda one: len(one.task))
         told.append(f"{row.single} / {row.batch} {items}" if row.single else row.weights)
-    weights = rows[0].weights
-    return ", ".join(told) + (f" ({weights})" if rows[0].single and weights != RANDOM else "")
+    weights = rows[0].weights.removeprefix(RANDOM).removeprefix(", ")
+    return ", ".join(told) + (f" ({weights})" if rows[0].single and weights else "")
 
 
 def report(head: Sequence[str], rows: Sequence[Row], backends: Sequence[BackendRow]) -> str:
@@ -557,8 +605,8 @@ def report(head: Sequence[str], rows: Sequence[Row], backends: Sequence[BackendR
         "# Speeds of the models",
         "",
         "Written by `benchmarks/model_speeds.py`: items a second, decoding included, without HTTP. Random weights of",
-        "the real size take as long as trained ones. Captions have a fixed number of tokens, since none of random",
-        "weights would end.",
+        "the real size take as long as trained ones; they are in float32 unless another precision is said. Captions",
+        "have a fixed number of tokens, since none of random weights would end.",
         "",
         *head,
         "",
@@ -595,15 +643,13 @@ def write(options: argparse.Namespace, began: str, rows: Sequence[Row], backends
 
 def run(model: str, options: argparse.Namespace) -> tuple[list[Row], list[BackendRow]]:
     """Measure a model."""
-    gigabytes = SIZES[model].gigabytes if model in SIZES else 0
-    if gigabytes and psutil.virtual_memory().available < (gigabytes + 1) * 1e9:
-        return [Row(model, "-", f"not measured: needs {gigabytes:g} GB of memory", "-", "", "")], []
-    with checkpoint_of(model, options.keep) as (settings, weights):
-        if options.build_only:
-            return [], []
-        if options.backends:
-            return [], in_own_process(backend_speeds, model, settings, options.seconds)
-        return in_own_process(speeds, model, settings, weights, options.seconds), []
+    try:
+        with checkpoint_of(model) as (settings, weights):
+            if options.backends:
+                return [], in_own_process(backend_speeds, model, settings, weights, options.seconds)
+            return in_own_process(speeds, model, settings, weights, options.seconds), []
+    except MemoryError as error:
+        return [Row(model, "-", f"not measured: {error}", "-", "", "")], []
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -612,12 +658,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     choose("--models", nargs="+", choices=MODELS, help="default: all")
     choose("--backends", action="store_true", help="compare the encoders' backends instead")
     choose("--seconds", type=float, default=SECONDS, help=f"how long each speed is measured; default: {SECONDS:g}")
-    choose("--keep", type=Path, help="a folder that checkpoints with random weights are taken from and kept in")
-    choose("--build-only", action="store_true", help="build the checkpoints, to be kept, and measure nothing")
     choose("--output", type=Path, default=OUTPUT, help="default: benchmarks/MODEL_SPEEDS.md")
     options = parser.parse_args(arguments)
-    if options.build_only and options.keep is None:
-        parser.error("--build-only needs --keep")
     options.models = options.models or (ENCODERS if options.backends else MODELS)
     return options
 

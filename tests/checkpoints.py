@@ -9,6 +9,7 @@ the best token is well ahead of the next.
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import json
 import os
@@ -22,7 +23,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may come from anywhere else
 
-LAYOUT_VERSION = 9  # raise it when a change here must reach the folders that are built already
+LAYOUT_VERSION = 10  # raise it when a change here must reach the folders that are built already
 CACHE = Path(__file__).resolve().parents[1] / ".cache" / "checkpoints"
 
 SIDE = 64  # of the pictures that the models see, in pixels
@@ -44,26 +45,25 @@ def checkpoint(name: str) -> Path:
     """Return the folder of a model's checkpoint, by the model plugin's name."""
     folder = CACHE / f"v{LAYOUT_VERSION}-transformers-{version('transformers')}" / name
     if not folder.is_dir():
-        _build(name, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with (folder.parent / f".{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be at it
+            if not folder.is_dir():
+                _build(name, folder)
     return folder
 
 
 def _build(name: str, folder: Path) -> None:
-    """Build aside and rename, so that neither a second builder nor an interruption leaves half a checkpoint."""
+    """Build aside and rename, so that an interruption leaves no half a checkpoint."""
     import torch
 
-    folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder.parent))
     try:
         with torch.random.fork_rng():
             torch.manual_seed(20)
             BUILDERS[name](aside)
         aside.chmod(0o755)
-        try:
-            aside.rename(folder)
-        except OSError:  # another process was faster
-            if not folder.is_dir():
-                raise
+        aside.rename(folder)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -383,7 +383,7 @@ def _whisper(folder: Path) -> None:
         "is_multilingual": True,
         "lang_to_id": {f"<|{code}|>": token(f"<|{code}|>") for code in languages},
         "max_initial_timestamp_index": 50,
-        "max_length": 448,
+        "max_length": 64,  # it does not end by itself
         "no_timestamps_token_id": token("<|notimestamps|>"),
         "prev_sot_token_id": token("<|startofprev|>"),
         "return_timestamps": False,

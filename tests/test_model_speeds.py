@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from benchmarks.model_speeds import (
@@ -16,13 +18,18 @@ from benchmarks.model_speeds import (
     BackendRow,
     Row,
     backend_rows,
+    build,
     cell,
     merged,
+    precision,
+    random_weights,
     rounded,
     speed_rows,
     write,
 )
 from dev_server import ROOT
+from feature_extraction_server.core.checkpoints import Checkpoint
+from feature_extraction_server.core.settings import SettingsManager
 
 MEASURED = speed_rows(OUTPUT.read_text())
 TABLE = (ROOT / "README.md").read_text().split("### All models", 1)[1].split("\n#", 1)[0]
@@ -102,6 +109,37 @@ def test_a_cell_tells_one_task_a_kind_of_item_and_weights_that_are_trained() -> 
     assert cell([Row("big", "-", "not measured: needs 30 GB of memory", "-", "", "")]) == (
         "not measured: needs 30 GB of memory"
     )
+    assert cell([Row("big", "text_embedding", f"{RANDOM}, bfloat16", "texts", "1", "2")]) == "1 / 2 texts (bfloat16)"
+
+
+@pytest.mark.parametrize(("free_gb", "dtype"), [(64, "float32"), (20, "bfloat16")])
+def test_weights_that_have_no_room_are_drawn_in_half_the_precision(
+    monkeypatch: pytest.MonkeyPatch, free_gb: int, dtype: str
+) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=free_gb * 1e9))
+
+    assert precision("e5mistral7b_instruct") == dtype
+
+
+def test_model_that_has_no_room_at_all_is_told_with_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=8e9))
+
+    with pytest.raises(MemoryError, match="needs 15 GB of memory"):
+        precision("e5mistral7b_instruct")
+
+
+def test_drawn_weights_are_as_many_as_the_publisher_s(tmp_path: Path) -> None:
+    from transformers import Dinov2Model
+
+    build("dino_v2_vits14", tmp_path / "checkpoint")
+    settings = {"DINO_V2_VITS14_CHECKPOINT": str(tmp_path / "checkpoint"), "DEVICE": "cpu", "DTYPE": "bfloat16"}
+    checkpoint = Checkpoint(SettingsManager(settings, tmp_path / ".env"), "dino_v2_vits14", "owner/name")
+
+    model = random_weights(checkpoint, Dinov2Model)
+
+    assert round(sum(parameter.numel() for parameter in model.parameters()) / 1e6, 1) == 22.1
+    assert str(model.dtype) == "torch.bfloat16"
+    assert not list((tmp_path / "checkpoint").glob("*.safetensors"))
 
 
 @pytest.mark.parametrize(("number", "told"), [(151.3, "150"), (13.04, "13"), (2.04, "2"), (0.0832, "0.083")])

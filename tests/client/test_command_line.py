@@ -384,7 +384,11 @@ def test_task_that_the_server_does_not_describe_takes_pairs(fes: Fes, scripted: 
     [("nothing", "there is no model 'nothing'"), ("fake_broken", "no weights here")],
     ids=["unknown model", "model that cannot be loaded"],
 )
-def test_error_that_every_file_would_meet_ends_the_command(fes: Fes, pictures: Path, model: str, told: str) -> None:
+def test_error_that_every_file_would_meet_ends_the_command(
+    fes: Fes, pictures: Path, monkeypatch: pytest.MonkeyPatch, model: str, told: str
+) -> None:
+    monkeypatch.setattr("urllib3.Retry.sleep", lambda self, response=None: None)  # it would wait for Retry-After
+
     done = fes("caption", pictures, "--model", model)
 
     assert done.status == 1

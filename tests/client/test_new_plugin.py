@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import requests
+from packaging.requirements import Requirement
 from PIL import Image
 
 from dev_server import ROOT, SOURCES
@@ -53,6 +55,17 @@ def test_new_plugins_of_all_kinds_and_models_of_all_tasks_pass_their_tests(fes: 
     tests = [str(folder / "tests") for folder in folders]
 
     run(tmp_path, "pytest", "-q", "-p", "no:cacheprovider", "--import-mode=importlib", *tests, path=folders)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_new_plugin_depends_on_a_core_like_this_one(fes: Fes, tmp_path: Path, kind: str) -> None:
+    folder = write(fes, tmp_path, kind, f"my_{kind}", *KINDS[kind])
+    core = tomllib.loads((SOURCES[0] / "pyproject.toml").read_text())["project"]
+
+    (wanted,) = map(Requirement, tomllib.loads((folder / "pyproject.toml").read_text())["project"]["dependencies"])
+
+    assert wanted.name == core["name"]
+    assert core["version"] in wanted.specifier
 
 
 def test_new_plugins_are_clean_by_ruff_and_mypy(fes: Fes, tmp_path: Path) -> None:

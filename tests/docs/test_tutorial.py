@@ -99,6 +99,7 @@ def follow(tmp_path: Path) -> str:
         "PIP_CONFIG_FILE": os.devnull,
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
         "PIP_NO_BUILD_ISOLATION": "0",
+        "PIP_NO_DEPS": "1",  # they are there, and pip would look for seconds among all the others
         "PIP_NO_INDEX": "1",
         "TERM": "dumb",
     }

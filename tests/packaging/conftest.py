@@ -54,7 +54,7 @@ BUILT_IN_CONSUMERS = {
 class Environment:
     """A virtual environment of its own that also sees the packages of the running one, the dependencies that is.
 
-    pip finds no index from within, so that a dependency which the running environment lacks is an error.
+    pip finds no index from within.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -82,9 +82,14 @@ class Environment:
         assert done.returncode == 0, f"{command} exited with {done.returncode}:\n{done.stdout}"
         return done.stdout.strip()
 
-    def install(self, *arguments: str | Path) -> None:
-        """Install with pip."""
-        self.run("python", "-m", "pip", "install", *map(str, arguments))
+    def install(self, *arguments: str | Path, look_for_dependencies: bool = False) -> None:
+        """Install with pip.
+
+        Args:
+            look_for_dependencies: whether one that the running environment lacks is an error. To look takes seconds.
+        """
+        no_deps = "0" if look_for_dependencies else "1"
+        self.run("python", "-m", "pip", "install", *map(str, arguments), PIP_NO_DEPS=no_deps)
 
     def discover(self, path: Sequence[Path] = ()) -> dict[str, Path]:
         """Return the modules of all plugins found from within, by ``<kind>.<name>``, but the built-in consumers.
@@ -103,6 +108,7 @@ class Environment:
             "PIP_CONFIG_FILE": os.devnull,
             "PIP_DISABLE_PIP_VERSION_CHECK": "1",
             "PIP_NO_BUILD_ISOLATION": "0",  # pip's word for "true" here: flit_core is the running environment's
+            "PIP_NO_DEPS": "1",
             "PIP_NO_INDEX": "1",
             "FLIT_ROOT_INSTALL": "1",
             "HF_HUB_OFFLINE": "1",

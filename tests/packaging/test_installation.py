@@ -37,7 +37,7 @@ SOME_PLUGINS = two_of_each_kind()
 def installed(tmp_path_factory: pytest.TempPathFactory, wheels: dict[str, Path]) -> Environment:
     """An environment with the core and all plugins from wheels. Tests do not change it."""
     environment = Environment(tmp_path_factory.mktemp("installed") / "environment")
-    environment.install(*wheels.values())
+    environment.install(*wheels.values(), look_for_dependencies=True)
     return environment
 
 
@@ -57,21 +57,13 @@ def test_uninstalling_a_plugin_leaves_the_others(environment: Environment, wheel
     assert environment.discover().keys() == names(kept)
 
 
-def test_flit_install_takes_plugins_in_any_order_after_the_core(environment: Environment) -> None:
+def test_flit_install_takes_plugins_in_any_order_after_the_core_and_the_core_again(environment: Environment) -> None:
     plugins = SOME_PLUGINS[::2]  # each takes its time
 
-    for folder in [CORE, *reversed(plugins)]:
+    for folder in [CORE, *reversed(plugins), CORE]:
         environment.run("flit", "install", cwd=folder)
 
     assert environment.discover().keys() == names(plugins)
-
-
-def test_installing_the_core_again_keeps_the_plugins(environment: Environment, wheels: dict[str, Path]) -> None:
-    environment.install(*(wheels[folder.name] for folder in [CORE, *SOME_PLUGINS]))
-
-    environment.run("flit", "install", cwd=CORE)
-
-    assert environment.discover().keys() == names(SOME_PLUGINS)
 
 
 def test_folders_installed_by_pip_form_one_namespace(environment: Environment) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -41,7 +42,8 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_settings() -> dict[str, str]:
     """Settings that make every model load its tiny checkpoint."""
-    folders = {f"{name.upper()}_CHECKPOINT": str(checkpoint(name)) for name in BUILDERS}
+    any_order = random.sample(list(BUILDERS), len(BUILDERS))  # so that several processes share the building
+    folders = {f"{name.upper()}_CHECKPOINT": str(checkpoint(name)) for name in any_order}
     # A process of its own would know the environment's settings alone.
     return folders | {"DEVICE": "cpu", "SHERPA_ONNX_CONSUMER_TYPE": "single_thread_consumer"}
 
@@ -56,7 +58,7 @@ def tiny_engine(tmp_path_factory: pytest.TempPathFactory, tiny_settings: dict[st
     engine.close()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def asks(tiny_engine: Engine) -> Callable[[str], Ask]:
     """``asks(model)`` gives what asks a model over HTTP."""
     client = create_app(tiny_engine).test_client()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from feature_extraction_server.core import check as checking
-from feature_extraction_server.core.check import Report, card, check, main
+from feature_extraction_server.core import detections
+from feature_extraction_server.core.check import Report, card, check, main, rate
 from feature_extraction_server.core.engine import Engine
 from feature_extraction_server.core.errors import ModelLoadFailed, ModelNotFound
 from tests.checkpoints import BUILDERS
@@ -84,6 +86,7 @@ def check_source(plugin: Callable[[str, str, str], None], build: Callable[..., E
 @pytest.mark.parametrize("model", MODELS)
 def test_model_passes(tiny_engine: Engine, model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checking, "BATCH_ITEMS", 2)  # to tell the speed by, which is not looked at here
+    monkeypatch.setattr(detections, "COCO_CLASSES", detections.COCO_CLASSES[:3])  # all 80 take as many times as long
     try:
         report = check(tiny_engine, model, measured_seconds=0)
     except ModelLoadFailed as error:
@@ -131,6 +134,21 @@ def test_model_s_own_samples_are_taken(check_source: Callable[[str], Report]) ->
     report = check_source(own + GOOD)
 
     assert report["tasks"]["text_embedding"]["samples"] == 2
+
+
+@pytest.mark.parametrize(
+    ("call_s", "seconds", "calls"),
+    [(1, 3, [0, 0, 1, 2]), (100, 3, [0]), (1, 0, [0])],
+    ids=["first call does not count", "but a long one does", "one call alone is wanted"],
+)
+def test_speed_is_what_calls_take(
+    monkeypatch: pytest.MonkeyPatch, call_s: float, seconds: float, calls: list[int]
+) -> None:
+    made: list[int] = []
+    monkeypatch.setattr(checking, "time", SimpleNamespace(monotonic=lambda: len(made) * call_s))
+
+    assert rate(made.append, 8, seconds) == 8 / call_s
+    assert made == calls
 
 
 @pytest.mark.parametrize(

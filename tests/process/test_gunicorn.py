@@ -125,20 +125,6 @@ def children(server: Server) -> list[psutil.Process]:
     return psutil.Process(server.process.pid).children(recursive=True)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT], ids=lambda sent: sent.name)
-@pytest.mark.parametrize("arguments", [("-w", "2", "--preload"), ("-w", "2")], ids=["preload", "no preload"])
-def test_signal_ends_all_processes(gunicorn: StartServer, arguments: tuple[str, ...], sent: signal.Signals) -> None:
-    server = gunicorn(*arguments)
-    server.post(CAPTION, {"image": PNG})
-    started = children(server)
-
-    server.process.send_signal(sent)
-
-    assert server.process.wait(30) == 0
-    _, left = psutil.wait_procs(started, timeout=30)
-    assert left == []
-
-
 def test_killed_worker_is_replaced_and_no_client_sees_html(gunicorn: StartServer) -> None:
     server = gunicorn("-w", "1", "--preload", "--worker-class", "gthread", "--threads", "8")
     server.post(CAPTION, {"image": PNG})

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -45,10 +43,6 @@ def workers(server: Server) -> dict[int, psutil.Process]:
             if "engine_process" not in " ".join(child.cmdline()):
                 found[child.pid] = child
     return found
-
-
-def directories() -> set[Path]:
-    return set(Path("/tmp").glob(f"fes-{os.getuid()}-*"))
 
 
 def echo(server: Server, n: int = 1) -> None:
@@ -122,19 +116,6 @@ def test_requests_are_answered_though_they_cannot_be_counted(gunicorn: StartServ
     wait_until(answered, "the next worker's answer")
     echo(server, 3)
     assert server.get("/metrics").status_code == 200
-
-
-@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
-def test_no_file_is_left_behind(gunicorn: StartServer, end: signal.Signals) -> None:
-    before = directories()
-    server = gunicorn(*TWO, "--preload")
-    echo(server, 5)
-    made = directories() - before
-
-    server.process.send_signal(end)
-
-    assert made
-    wait_until(lambda: not made & directories(), "the end of the engine")
 
 
 def test_metrics_start_no_engine(gunicorn: StartServer) -> None:

@@ -37,6 +37,8 @@ KEPT_PART: Final = 0.25
 SHORTEST_VECTOR: Final = 8
 LENGTH_TOLERANCE: Final = 1e-2
 BATCH_ITEMS: Final = 8
+#: How many times as long as a speed is measured a call takes that is slow in itself, not for being the first.
+LONG_CALL: Final = 5
 
 Report = dict[str, Any]
 
@@ -182,16 +184,18 @@ def rate(call: Callable[[int], Any], n_items: int, seconds: float) -> float:
     Args:
         call: computes the answer to ``n_items`` items; it is given how many calls there were before.
         n_items: of each call.
-        seconds: how long it is measured, after a first call that does not count; 0 for the first call alone.
+        seconds: how long it is measured, after a first call that does not count unless it is a long one; 0 for the
+            first call alone.
     """
-    if seconds:
-        call(0)
     began = time.monotonic()
-    n = 0
+    call(0)
+    n = 1
+    if time.monotonic() - began < LONG_CALL * seconds:
+        n, began = 0, time.monotonic()
     while n == 0 or time.monotonic() - began < seconds:
         call(n)
         n += 1
-    return round(n * n_items / (time.monotonic() - began), 2)
+    return float(f"{n * n_items / (time.monotonic() - began):.3g}")
 
 
 def _restart(
@@ -244,8 +248,8 @@ def card(report: Report) -> str:
             normalized = "of length 1" if told["normalized"] else "not normalised"
             lines.append(f"    vectors of {told['vector_length']} numbers, {normalized}")
         lines.append(
-            f"    items a second: {told['single_items_per_second']:,.1f} singly, "
-            f"{told['batch_items_per_second']:,.1f} in batches of {told['batch_items']}"
+            f"    items a second: {told['single_items_per_second']:,g} singly, "
+            f"{told['batch_items_per_second']:,g} in batches of {told['batch_items']}"
         )
     lines += [f"FAILED {sentence}" for sentence in report["failures"]] or ["  everything holds"]
     return "\n".join(lines) + "\n"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final
 
 from feature_extraction_server.core.checkpoints import Checkpoint
@@ -79,15 +80,15 @@ class ImageTextEncoder:
         import torch
 
         image_features = self._image_features(images)
-        class_features = self._class_vectors(class_sentences(classes, config))
+        class_features = self._embed_classes(classes, config)
         with torch.inference_mode():
             cosines = torch.nn.functional.normalize(image_features) @ class_features.T
             logits: torch.Tensor = cosines * self.model.logit_scale.float().exp()
             return logits + self.model.logit_bias.float() if hasattr(self.model, "logit_bias") else logits
 
     @cached_property
-    def _class_vectors(self) -> ClassVectors:
-        return ClassVectors(partial(embed_sentences, self.model, self.tokenizer, **self.reading))
+    def _embed_classes(self) -> Callable[[list[str], dict[str, Any]], torch.Tensor]:
+        return class_embedder(self.model, self.tokenizer, **self.reading)
 
     def _image_features(self, images: list[Image]) -> torch.Tensor:
         def encode(pixels: torch.Tensor) -> torch.Tensor:
@@ -131,25 +132,27 @@ def text_features(
         return torch.cat(features), mask.sum(dim=1).tolist()
 
 
-def class_sentences(classes: list[str], config: dict[str, Any]) -> list[str]:
-    """Return the texts by which a model knows classes: their names, with the request's template around them.
+def class_embedder(model: Any, tokenizer: Any, **arguments: Any) -> Callable[[list[str], dict[str, Any]], torch.Tensor]:
+    """Return what embeds classes that a client names: a function of ``classes`` and ``config``. For one thread.
+
+    It returns the vectors of the classes' names with the request's template around them, float32 (n_classes,
+    n_dimensions), L2-normalised, and remembers them. ``config`` is the request's, as ``CatalogueConfig`` checked it.
 
     Args:
-        classes: the names.
-        config: the request's, as ``CatalogueConfig`` checked it.
+        model, tokenizer, arguments: as of ``text_features``.
     """
-    template = config.get("template", "{}")
-    return [template.replace("{}", name[:MAX_CHARACTERS]) for name in classes]
 
+    def embed(sentences: list[str]) -> torch.Tensor:
+        import torch
 
-def embed_sentences(model: Any, tokenizer: Any, sentences: list[str], **arguments: Any) -> torch.Tensor:
-    """Return the sentences' vectors, float32 (n_sentences, n_dimensions), L2-normalised.
+        features, _ = text_features(model, tokenizer, sentences, **arguments)
+        with torch.inference_mode():
+            return torch.nn.functional.normalize(features)
 
-    Args:
-        model, tokenizer, sentences, arguments: as of ``text_features``.
-    """
-    import torch
+    vectors = ClassVectors(embed)
 
-    features, _ = text_features(model, tokenizer, sentences, **arguments)
-    with torch.inference_mode():
-        return torch.nn.functional.normalize(features)
+    def embed_classes(classes: list[str], config: dict[str, Any]) -> torch.Tensor:
+        template = config.get("template", "{}")
+        return vectors([template.replace("{}", name[:MAX_CHARACTERS]) for name in classes])
+
+    return embed_classes

@@ -5,17 +5,19 @@ Weights: google/owlvit-base-patch32, Apache-2.0. Paper: https://arxiv.org/abs/22
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from PIL.Image import Image
 
 from feature_extraction_server.core.checkpoints import Checkpoint
-from feature_extraction_server.core.class_vectors import ClassVectors
 from feature_extraction_server.core.config import CatalogueConfig
 from feature_extraction_server.core.detections import DetectionConfig, Detections, Found, of_coco, select, with_classes
-from feature_extraction_server.core.image_text import class_sentences, embed_sentences
+from feature_extraction_server.core.image_text import class_embedder
 from feature_extraction_server.core.settings import SettingsManager
+
+if TYPE_CHECKING:
+    import torch
 
 
 class OwlVitConfig(DetectionConfig, CatalogueConfig):
@@ -27,7 +29,7 @@ config_types = {"object_detection": with_classes(OwlVitConfig), "zero_shot_objec
 checkpoint: Checkpoint
 model: Any
 image_processor: Any
-class_vectors: ClassVectors
+embed_classes: Callable[[list[str], dict[str, Any]], torch.Tensor]
 
 
 def add_settings(settings_manager: SettingsManager) -> None:
@@ -36,13 +38,13 @@ def add_settings(settings_manager: SettingsManager) -> None:
 
 
 def load_model() -> None:
-    global model, image_processor, class_vectors
+    global model, image_processor, embed_classes
     from transformers import AutoTokenizer, OwlViTForObjectDetection, OwlViTImageProcessorPil
 
     image_processor = checkpoint.load_processor(OwlViTImageProcessorPil)
     tokenizer = checkpoint.load_processor(AutoTokenizer)
     model = checkpoint.load_model(OwlViTForObjectDetection)
-    class_vectors = ClassVectors(partial(embed_sentences, model.owlvit, tokenizer, padding="max_length"))
+    embed_classes = class_embedder(model.owlvit, tokenizer, padding="max_length")
 
 
 def zero_shot_object_detection(image: list[Image], classes: list[str], config: dict[str, Any]) -> list[Detections]:
@@ -51,7 +53,7 @@ def zero_shot_object_detection(image: list[Image], classes: list[str], config: d
     pixels = checkpoint.pixel_values(image_processor, image)
     with torch.inference_mode():
         # As the model's forward does, but that the names are embedded once and not for every image.
-        queries = class_vectors(class_sentences(classes, config)).to(pixels.dtype)
+        queries = embed_classes(classes, config).to(pixels.dtype)
         feature_map, _ = model.image_embedder(pixels)
         features = feature_map.flatten(1, 2)
         logits, _ = model.class_predictor(features, queries.expand(len(image), -1, -1))
