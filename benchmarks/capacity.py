@@ -194,12 +194,12 @@ def table(plans: Sequence[Plan], goal: Goal) -> list[str]:
     return markdown(head, rows)
 
 
-def comparison(measured: Sequence[dict[str, Any]], costs: Costs) -> list[str]:
-    """Return a table of what was measured and what the simulation says of the same load."""
+def comparison(measured: Sequence[dict[str, Any]], costs: Costs, cores: int) -> list[str]:
+    """Return a table of what was measured on one machine and what the simulation says of the same load there."""
     head = ["Replicas", "Connections", "Requests a call, at most", "Measured requests/s", "Simulated", "Off by"]
     rows = []
     for point in measured:
-        same = replace(costs, max_batch_size=point["max_batch_size"])
+        same = replace(costs, max_batch_size=point["max_batch_size"], shared_cores=cores)
         load = Load(clients=point["connections"])
         outcome = simulate(same, load, n_servers=1, n_replicas=point["replicas"], seconds=21)
         simulated, wanted = outcome.requests_per_s(WARM_UP_S), point["requests_per_s"]
@@ -268,7 +268,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         *table(plans, goal),
     ]
     if measured := known.get("measured"):
-        lines += ["", "## Simulated and measured", "", *comparison(measured, costs_of(known["costs"]))]
+        lines += [
+            "",
+            "## Simulated and measured",
+            "",
+            *comparison(measured, costs_of(known["costs"]), known.get("cores", 0)),
+        ]
     if not options.write:
         sys.stdout.write("\n".join([*lines, ""]))
         return

@@ -2,9 +2,10 @@
 
     python benchmarks/ray_cluster.py                        # all: ten minutes
     python benchmarks/ray_cluster.py --parts scaling        # one of them; the others' numbers are kept
+    python benchmarks/ray_cluster.py --parts scaling --batches 1 4
 
 * ``overhead``: a model that does nothing, in the engine and on Ray.
-* ``scaling``: a model that waits 50 ms a call, with 1, 2 and 4 replicas.
+* ``scaling``: a model that waits 50 ms a call, with 1, 2 and 4 replicas, in calls of several sizes.
 * ``images``: batches of pictures, by this server and by Ray Serve's own HTTP front before the same replicas.
 
 What it finds lies in ``capacity.json``, which ``capacity.py`` reads.
@@ -24,10 +25,10 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import psutil
 
@@ -43,13 +44,24 @@ from benchmarks.workloads import MeanColour  # noqa: E402
 BENCHMARKS: Final = ROOT / "benchmarks"
 FINDINGS: Final = BENCHMARKS / "capacity.json"
 PLUGINS: Final = ("apis-base_api", "apis-monitoring_api", "consumers-ray")
-TEXT: Final = '{"text": "The quick brown fox jumps over the lazy dog."}'
+TEXT: Final = "The quick brown fox jumps over the lazy dog."
+REQUEST: Final = json.dumps({"text": TEXT})
 REPLICAS: Final = (1, 2, 4)
-#: The most requests a call, each with the connections a replica: enough that one call waits while another is run.
-BATCH_SIZES: Final = {1: 4, 4: 12}
 WAIT_MS: Final = 50
+
+
+class Way(NamedTuple):
+    """How replicas are kept busy: enough connections for each that full calls wait for it."""
+
+    max_batch_size: int
+    texts_a_request: int
+    connections: int  # a replica
+
+
+WAYS: Final = (Way(1, 1, 4), Way(4, 1, 12), Way(32, 1, 96), Way(32, 32, 4))
 IMAGES_A_REQUEST: Final = 8
 START_TIMEOUT_S: Final = 90
+WARM_UP_S: Final = 2
 #: Not 127.0.0.1, in whose place Ray takes another address of the machine.
 HEAD_IP: Final = "127.0.0.2"
 
@@ -86,6 +98,10 @@ class Cluster:
 
     def log(self) -> str:
         return (self.folder / "out.txt").read_text(errors="replace")
+
+    def used_s(self, server: Server) -> float:
+        """Return the processor time of all its processes and of all of a server."""
+        return _cpu_s([*family(psutil.Process(self._node.pid)), *family(psutil.Process(server.process.pid))])
 
     def close(self) -> None:
         stop(self._node)
@@ -138,6 +154,13 @@ class Server:
                 pass
         raise SystemExit(f"ray_cluster.py: {n} replicas of {self.model} were not there within {START_TIMEOUT_S} s")
 
+    def stop_model(self) -> None:
+        """Delete the model from the cluster, so that the next server may ask for other replicas."""
+        urllib.request.urlopen(self.url(f"/api/models/{self.model}/stop"), b"{}", timeout=30).close()
+        until = time.monotonic() + START_TIMEOUT_S
+        while self.get(f"/api/models/{self.model}/status")["state"] != "stopped" and time.monotonic() < until:
+            time.sleep(0.1)
+
     def used_s(self) -> tuple[float, float]:
         """Return the processor time of the web worker and of the engine with the process that speaks with Ray."""
         engine = psutil.Process(self.get(f"/api/models/{self.model}/status")["engine_pid"])
@@ -177,6 +200,7 @@ def serving(cluster: Cluster, model: str, task: str, n_replicas: int, **settings
     try:
         server.wait_for_replicas(n_replicas)
         yield server
+        server.stop_model()
     finally:
         stop(server.process)
 
@@ -210,7 +234,7 @@ def overhead(seconds: float) -> dict[str, Any]:
         with cluster() as ray, serving(ray, "noop", "text_echo", n_replicas) as server:
             for connections in (1, 32):
                 (web_s, engine_s), (calls, items) = server.used_s(), server.calls()
-                one = load(server.url(server.path), TEXT, connections, seconds)
+                one = load(server.url(server.path), REQUEST, connections, seconds)
                 (web_after_s, engine_after_s), (calls_after, items_after) = server.used_s(), server.calls()
                 n = items_after - items
                 found[f"{place}_{connections}"] = vars(one) | {
@@ -221,16 +245,22 @@ def overhead(seconds: float) -> dict[str, Any]:
     return found
 
 
-def scaling(seconds: float) -> list[dict[str, Any]]:
+def scaling(seconds: float, batches: Sequence[int]) -> list[dict[str, Any]]:
     found = []
-    for size, clients in BATCH_SIZES.items():
-        for n_replicas in REPLICAS:
-            connections = clients * n_replicas
-            settings = {"MAX_BATCH_SIZE": str(size)}
-            with cluster() as ray, serving(ray, "waits_50_ms", "text_echo", n_replicas, **settings) as server:
-                one = load(server.url(server.path), TEXT, connections, seconds)
-            found.append({"replicas": n_replicas, "max_batch_size": size, "connections": connections} | vars(one))
-            sys.stderr.write(f"{json.dumps(found[-1])}\n")
+    with cluster() as ray:
+        for way in (way for way in WAYS if way.max_batch_size in batches):
+            body = json.dumps({"text": way.texts_a_request * [TEXT]}) if way.texts_a_request > 1 else REQUEST
+            for n_replicas in REPLICAS:
+                connections = way.connections * n_replicas
+                settings = {"MAX_BATCH_SIZE": str(way.max_batch_size)}
+                with serving(ray, "waits_50_ms", "text_echo", n_replicas, **settings) as server:
+                    (calls, items), used_s = server.calls(), ray.used_s(server)
+                    one = load(server.url(server.path), body, connections, seconds)
+                    (calls_after, items_after), used_after_s = server.calls(), ray.used_s(server)
+                found.append({"replicas": n_replicas} | way._asdict() | {"connections": connections} | vars(one))
+                found[-1]["items_a_call"] = (items_after - items) / (calls_after - calls)
+                found[-1]["cores_busy"] = (used_after_s - used_s) / (WARM_UP_S + seconds)
+                sys.stderr.write(f"{json.dumps(found[-1])}\n")
     return found
 
 
@@ -246,11 +276,15 @@ def images(seconds: float) -> dict[str, Any]:
 
 
 def load(url: str, body: str, connections: int, seconds: float) -> Measurement:
-    measure(choose_generator(), url, [body], connections, 2)  # warms up
+    measure(choose_generator(), url, [body], connections, WARM_UP_S)
     return measure(choose_generator(), url, [body], connections, seconds)
 
 
-PARTS: Final = {"overhead": overhead, "scaling": scaling, "images": images}
+def _way_of(point: dict[str, Any]) -> tuple[int, ...]:
+    return point["max_batch_size"], point["texts_a_request"], point["replicas"]
+
+
+PARTS: Final[dict[str, Callable[..., Any]]] = {"overhead": overhead, "scaling": scaling, "images": images}
 
 
 # What is written
@@ -289,21 +323,16 @@ def tables(ray: dict[str, Any]) -> list[str]:
         lines += markdown(head, rows)
     if found := ray.get("scaling"):
         lines += ["", "## More replicas of a model that waits 50 ms a call", ""]
-        head = [
-            "Requests a call, at most",
-            "Replicas",
-            "Connections",
-            "Requests/s",
-            "Median ms",
-            "99 % ms",
-            "Of linear",
-        ]
+        head = ["Items a call, at most", "Items a request", "Replicas", "Connections", "Requests/s", "Median ms"]
+        head += ["99 % ms", "Items a call", "Cores busy", "Of linear"]
         rows = []
-        for one in sorted(found, key=lambda one: (one["max_batch_size"], one["replicas"])):
-            first = next(o for o in found if o["replicas"] == 1 and o["max_batch_size"] == one["max_batch_size"])
+        for one in found:
+            way = {key: one[key] for key in ("max_batch_size", "texts_a_request")}
+            first = next(o for o in found if o["replicas"] == 1 and way.items() <= o.items())
             linear = one["requests_per_s"] / one["replicas"] / first["requests_per_s"]
-            numbers = [f"{one[key]}" for key in ("max_batch_size", "replicas", "connections")]
-            rows.append([*numbers, *_told(one), f"{linear:.2f}"])
+            numbers = [*map(str, way.values()), f"{one['replicas']}", f"{one['connections']}"]
+            rows.append([*numbers, *_told(one), *(f"{one[key]:.1f}" for key in ("items_a_call", "cores_busy"))])
+            rows[-1].append(f"{linear:.2f}")
         lines += markdown(head, rows)
     if found := ray.get("images"):
         lines += ["", f"## Batches of {IMAGES_A_REQUEST} pictures", ""]
@@ -323,17 +352,24 @@ def _told(one: dict[str, Any]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    sizes = sorted({way.max_batch_size for way in WAYS})
+    parser.add_argument("--batches", nargs="+", type=int, choices=sizes, default=sizes, help="of scaling")
     parser.add_argument("--seconds", type=float, default=10, help="of each measurement")
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing is left behind
     known: dict[str, Any] = json.loads(FINDINGS.read_text()) if FINDINGS.exists() else {}
     ray = known.setdefault("ray", {})
     for part in options.parts:
-        ray[part] = PARTS[part](options.seconds)
+        if part == "scaling":
+            kept = [one for one in ray.get(part, []) if one["max_batch_size"] not in options.batches]
+            ray[part] = sorted(kept + scaling(options.seconds, options.batches), key=_way_of)
+        else:
+            ray[part] = PARTS[part](options.seconds)
         known["source"] = f"by ray_cluster.py on {time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, for all processes"
         if "overhead" in ray:
             known["costs"] = {"curve_ms": {"1": WAIT_MS, "32": WAIT_MS}} | costs(ray["overhead"])
-        known["measured"] = ray.get("scaling", [])
+        known["measured"] = [one for one in ray.get("scaling", []) if one["texts_a_request"] == 1]
+        known["cores"] = os.cpu_count()
         FINDINGS.write_text(json.dumps(known, indent=1) + "\n")
     page = BENCHMARKS / "RAY.md"
     head = page.read_text().split("## Measured", 1)[0] if page.exists() else "# On a Ray cluster\n\n"

@@ -2,10 +2,13 @@
 
 A request goes to one of the servers at random, is worked on there by a core (``web_ms``), and waits in that server's
 queue for the model. As soon as the server may make one more call, its engine makes one of all that waits, the largest
-batch at most (``engine_ms`` a request and ``call_ms`` a call, one call after the other). The call travels
+batch at most (``engine_ms`` a request and ``call_ms`` a call, one call after the other); as many calls again may go out
+ahead of time, but only full ones. The call travels
 (``network_ms``, there and back) to the replica that has the fewest, waits for its turn there, and takes what the
 replica's curve says for so many requests. If the replica's node fails meanwhile, the call is lost; its server learns of
 that ``detection_ms`` later and makes it again, elsewhere.
+
+With ``shared_cores``, all of that but the replica's own time takes cores of one machine, as where this was measured.
 
 Equal arguments give equal results: all chance comes from the seed. ``capacity.py`` beside this file asks the questions.
 """
@@ -15,6 +18,7 @@ from __future__ import annotations
 import heapq
 import math
 from array import array
+from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
@@ -39,6 +43,8 @@ class Costs:
         web_variation: the same of ``web_ms``.
         calls_per_replica: how many calls all servers together may have under way for each replica. A server may have
             its part of them, one at least, and no more than there are replicas.
+        calls_ahead: how many more it may have for each of these, but only full ones.
+        shared_cores: how many cores servers and the way to the replicas share; 0: each server has its own.
     """
 
     curve_ms: Mapping[int, float]
@@ -52,7 +58,9 @@ class Costs:
     web_variation: float = 0.0
     max_batch_size: int = 32
     calls_per_replica: float = 2.0
+    calls_ahead: int = 1
     replicas_per_node: int = 1
+    shared_cores: int = 0
 
     def calls_of_a_server(self, n_servers: int, n_replicas: int) -> int:
         """Return how many calls a server may have under way."""
@@ -122,9 +130,23 @@ class Replica:
 @dataclass(eq=False)
 class Server:
     cores: list[float]  # when each has done what it was given
-    waiting: list[Request] = field(default_factory=list)  # a heap: what is ready first comes first
+    worker: simpy.Resource | None = None  # in place of these, where cores are shared
+    coming: list[Request] = field(default_factory=list)  # a heap: what is ready first comes first
+    waiting: deque[Request] = field(default_factory=deque)  # for the model
     n_calls: int = 0  # under way
     news: simpy.Event | None = None  # what its dispatcher waits for: a request, or the end of a call
+
+    def take_ready(self, now: float) -> None:
+        """Let what is ready wait for the model."""
+        while self.coming and self.coming[0].ready <= now:
+            self.waiting.append(heapq.heappop(self.coming))
+
+    def ready_at(self, n: int) -> float:
+        """Return when ``n`` requests wait, if none goes before."""
+        missing = n - len(self.waiting)
+        if missing > len(self.coming):
+            return math.inf
+        return heapq.nsmallest(missing, self.coming)[-1].ready if missing > 0 else 0.0
 
     def tell(self) -> None:
         if self.news is not None:
@@ -189,6 +211,10 @@ class _Simulation:
         self.costs, self.load, self.seconds = costs, load, seconds
         self.arrivals, self.choices, self.web, self.service = np.random.default_rng(seed).spawn(4)
         self.servers = [Server([0.0] * costs.web_cores) for _ in range(n_servers)]
+        self.cores = simpy.Resource(self.env, costs.shared_cores) if costs.shared_cores else None
+        if self.cores is not None:
+            for server in self.servers:
+                server.worker = simpy.Resource(self.env, costs.web_cores)
         nodes = [*node_outages, *[()] * n_replicas]
         self.replicas = [Replica(nodes[number // costs.replicas_per_node]) for number in range(n_replicas)]
         self.max_calls = costs.calls_of_a_server(n_servers, n_replicas)
@@ -251,30 +277,55 @@ class _Simulation:
     def _arrive(self, server: Server, now: float) -> None:
         """Give a request to a server's first free core. It is ready for the model when that has done its part."""
         work_s = self._drawn(self.costs.web_ms / 1e3, self.costs.web_variation, self.web)
-        ready = max(now, server.cores[0]) + work_s
-        heapq.heapreplace(server.cores, ready)
         self.n_arrived += 1
         self.web_s += work_s
-        heapq.heappush(server.waiting, Request(ready, now))
+        if server.worker is not None:
+            self.env.process(self._work(server, server.worker, work_s, now))
+            return
+        ready = max(now, server.cores[0]) + work_s
+        heapq.heapreplace(server.cores, ready)
+        heapq.heappush(server.coming, Request(ready, now))
         server.tell()
+
+    def _work(self, server: Server, worker: simpy.Resource, work_s: float, arrived: float) -> _Process:
+        """Do a server's part of a request on one of the machine's cores."""
+        yield self.env.timeout(max(0.0, arrived - self.env.now))
+        with worker.request() as mine:
+            yield mine
+            yield from self._take_core(work_s)
+        server.waiting.append(Request(self.env.now, arrived))
+        server.tell()
+
+    def _take_core(self, seconds: float) -> _Process:
+        """Let time pass, with one of the machine's cores where these are shared."""
+        if self.cores is None:
+            yield self.env.timeout(seconds)
+            return
+        with self.cores.request() as core:
+            yield core
+            yield self.env.timeout(seconds)
 
     # Requests are answered
 
     def _dispatch(self, server: Server) -> _Process:
         """Make calls of what waits at one server: no call waits for more requests while one may be made."""
+        largest = len(self.curve_s) - 1
         while True:
-            if not server.waiting or server.n_calls >= self.max_calls:
+            server.take_ready(self.env.now)
+            least = 1 if server.n_calls < self.max_calls else largest
+            may_call = server.n_calls < (1 + self.costs.calls_ahead) * self.max_calls
+            if not may_call or len(server.waiting) < least:
                 server.news = self.env.event()
-                yield server.news
+                ready_at = server.ready_at(least) if may_call else math.inf
+                if ready_at < math.inf:
+                    yield server.news | self.env.timeout(max(0.0, ready_at - self.env.now))
+                else:
+                    yield server.news
                 continue
-            if (early_s := server.waiting[0].ready - self.env.now) > 0:
-                yield self.env.timeout(early_s)
-            batch = [heapq.heappop(server.waiting)]
-            while server.waiting and server.waiting[0].ready <= self.env.now and len(batch) < len(self.curve_s) - 1:
-                batch.append(heapq.heappop(server.waiting))
+            batch = [server.waiting.popleft() for _ in range(min(largest, len(server.waiting)))]
             server.n_calls += 1
             if engine_ms := self.costs.call_ms + self.costs.engine_ms * len(batch):
-                yield self.env.timeout(engine_ms / 1e3)
+                yield from self._take_core(engine_ms / 1e3)
             self.env.process(self._call(server, batch))
 
     def _call(self, server: Server, batch: list[Request]) -> _Process:
@@ -282,7 +333,10 @@ class _Simulation:
         while True:
             replica = yield from self._least_busy()
             work_s = self._drawn(self.curve_s[len(batch)], self.costs.variation, self.service)
-            ends = max(self.env.now + way_s, replica.free_at) + work_s
+            if self.cores is not None:
+                yield from self._take_core(way_s)
+            there = self.env.now + (0.0 if self.cores is not None else way_s)
+            ends = max(there, replica.free_at) + work_s
             outage = replica.outage(self.env.now, ends + way_s)
             if outage is None:
                 break
@@ -294,7 +348,9 @@ class _Simulation:
         self.replica_s += work_s
         self.n_calls += 1
         self.n_sent += len(batch)
-        yield self.env.timeout(ends + way_s - self.env.now)
+        yield self.env.timeout(ends - self.env.now)
+        if way_s:
+            yield from self._take_core(way_s)
         self._count(replica, -1)
         server.n_calls -= 1
         for request in batch:

@@ -13,8 +13,8 @@ import pytest
 from benchmarks.capacity import Failures, Goal, Unreachable, curve, fewest, inputs, main, parse, plan, spares
 from benchmarks.simulation import Costs, Load, Outage, Outcome, outages, simulate
 
-#: A replica that takes 10 ms for one request at a time.
-ONE_BY_ONE = Costs({1: 10.0}, max_batch_size=1)
+#: A replica that takes 10 ms for one request at a time, which is sent to it when it is idle.
+ONE_BY_ONE = Costs({1: 10.0}, max_batch_size=1, calls_ahead=0)
 #: A replica that takes 50 ms for any call.
 FLAT = Costs({1: 50.0, 32: 50.0})
 WARM_UP_S = 10.0
@@ -91,13 +91,37 @@ def test_calls_of_several_servers_wait_for_each_other_at_the_replicas() -> None:
     assert among_four.requests_per_s(1) == pytest.approx(alone.requests_per_s(1), rel=0.02)
 
 
-def test_way_to_a_replica_costs_it_time_unless_another_servers_call_is_there_already() -> None:
-    far = replace(FLAT, network_ms=50, max_batch_size=1)
+def test_way_to_a_replica_costs_it_time_unless_another_call_is_there_already() -> None:
+    far = replace(FLAT, network_ms=50, max_batch_size=1, calls_ahead=0)
 
     one, two = (simulate(far, Load(clients=8), n_servers, 1, seconds=20) for n_servers in (1, 2))
+    ahead = simulate(replace(far, calls_ahead=1), Load(clients=8), 1, 1, seconds=20)
 
     assert one.requests_per_s(1) == pytest.approx(10, rel=0.05)
     assert two.requests_per_s(1) == pytest.approx(20, rel=0.05)
+    assert ahead.requests_per_s(1) == pytest.approx(20, rel=0.05)
+
+
+def test_only_full_calls_go_out_ahead_of_time() -> None:
+    costs = replace(FLAT, network_ms=2, max_batch_size=8)
+
+    few, many = (simulate(costs, Load(clients=n), 1, 1, seconds=20) for n in (6, 24))
+
+    assert few.mean_batch == pytest.approx(6, abs=0.1)
+    assert few.utilisation < 0.97
+    assert many.mean_batch == 8
+    assert many.utilisation > 0.99
+
+
+def test_servers_and_the_way_to_replicas_share_the_cores_of_one_machine() -> None:
+    costs = replace(FLAT, web_ms=5, engine_ms=5, network_ms=10, max_batch_size=1)
+
+    apart, together = (
+        simulate(replace(costs, shared_cores=n), Load(clients=40), 1, 20, seconds=10).requests_per_s(1) for n in (0, 1)
+    )
+
+    assert apart == pytest.approx(200, rel=0.05)
+    assert together == pytest.approx(1e3 / (5 + 5 + 10), rel=0.05)
 
 
 def test_less_waits_at_the_replicas_where_each_server_has_its_part_of_the_calls() -> None:

@@ -33,7 +33,10 @@ def test_costs_of_a_request_and_of_a_call_are_told_apart() -> None:
 
 def test_replicas_are_compared_with_as_many_times_one() -> None:
     points = [
-        {"replicas": n, "max_batch_size": 1, "connections": 4 * n} | measured(200, 0, 1) | {"requests_per_s": rate}
+        {"replicas": n, "max_batch_size": 1, "texts_a_request": 1, "connections": 4 * n, "items_a_call": 1.0}
+        | {"cores_busy": 1.0}
+        | measured(200, 0, 1)
+        | {"requests_per_s": rate}
         for n, rate in ((1, 20.0), (2, 38.0))
     ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -217,6 +218,16 @@ def test_texts_that_fit_one_batch_go_together_whatever_their_lengths() -> None:
     queue = queue_of(job("x"), job(1000 * "x"), job("y"))
 
     assert len(queue.take(3)) == 3
+
+
+def test_nothing_is_taken_before_as_much_waits_as_is_asked_for() -> None:
+    queue = queue_of(job("x"), job("y"))
+
+    assert queue.take(3, 3) == []
+    assert queue.take(3, math.inf) == []
+    queue.put(job("z", "z"))
+    assert sum(piece.stop - piece.start for piece in queue.take(3, 3)) == 3
+    assert len(queue.take(3)) == 1
 
 
 def test_the_texts_of_a_large_job_run_by_length_and_are_answered_in_their_order() -> None:

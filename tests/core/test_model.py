@@ -413,6 +413,28 @@ def test_a_consumer_that_dies_fails_its_jobs_and_the_next_request_starts_another
     assert n_started == 2
 
 
+def test_a_consumer_may_leave_a_batch_waiting_until_more_has_come_or_it_wants_less(
+    make: Callable[..., Model], fake: Fake, pool: ThreadPoolExecutor
+) -> None:
+    runs: list[ModelRun] = []
+
+    def start(run: ModelRun, log_server: LogServer) -> threading.Thread:
+        runs.append(run)
+        run.least_items = lambda: 3
+        return single_thread_consumer.start(run, log_server)
+
+    model = make(start_consumer=start)
+
+    answers = [pool.submit(ask, model, *items) for items in (["a"], ["b", "c"])]
+    assert sorted(answer.result(WAIT_S)[0] for answer in answers) == ["a", "b"]
+    answers = [pool.submit(ask, model, "d")]
+    wait_until(lambda: model.status()["queue_depth"] == 1)
+    runs[0].least_items = lambda: 1
+    runs[0].reconsider()
+    assert answers[0].result(WAIT_S) == ["d"]
+    assert [len(batch) for batch in fake.batches] == [3, 1]
+
+
 def test_a_consumer_that_leaves_its_jobs_shows_as_a_failed_model(make: Callable[..., Model]) -> None:
     def leave_at_once(run: ModelRun, log_server: LogServer) -> threading.Thread:
         def consume() -> None:

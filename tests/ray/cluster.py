@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from contextlib import suppress
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import psutil
 
@@ -31,8 +31,7 @@ class RayCluster:
 
     open_ones: ClassVar[list[RayCluster]] = []
 
-    def __init__(self, lost_after_s: int = 60) -> None:
-        self.open_ones.append(self)
+    def __init__(self, lost_after_s: int) -> None:
         self.port = free_port()
         self.address = f"{HEAD_IP}:{self.port}"
         self.folder = Path(tempfile.mkdtemp(prefix="r-", dir="/tmp"))
@@ -47,70 +46,77 @@ class RayCluster:
             "RAY_raylet_start_wait_time_s": str(START_TIMEOUT_S),
             "RAY_gcs_rpc_server_reconnect_timeout_s": str(lost_after_s),
         }
-        self._nodes: dict[str, subprocess.Popen[bytes]] = {}
+        self._nodes: dict[str, list[psutil.Process]] = {}
+        inherited = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+        self._log = (self.folder / "nodes.log").open("wb")
+        self._starter = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("nodes.py"))],
+            cwd=self.folder,
+            env=inherited | self.environment | {"HF_HUB_OFFLINE": "1"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+        self.open_ones.append(self)
 
-    def start_head(self, n_cpus: int = 0) -> None:
-        options = "--head", "--include-dashboard=false", f"--port={self.port}", f"--temp-dir={self.folder}"
-        self._start(HEAD_IP, n_cpus, *options)
+    def start_head(self) -> None:
+        """Start the node that all others need, on which no model runs."""
+        self._start(
+            HEAD_IP, 0, PLUGIN_PATH, gcs_server_port=self.port, temp_dir=str(self.folder), include_dashboard=False
+        )
 
     def start_node(
-        self, ip: str, n_cpus: int, *options: str, plugins: list[str] | None = None, **variables: str
+        self, ip: str, n_cpus: int, *, resources: dict[str, float] | None = None, plugins: list[str] = PLUGIN_PATH
     ) -> None:
-        """Start a node and wait until it runs; ``plugins`` are the folders that its processes find modules in."""
-        self._start(ip, n_cpus, f"--address={self.address}", *options, plugins=plugins, **variables)
+        """Start a node; ``plugins`` are the folders that its processes find modules in."""
+        self._start(ip, n_cpus, plugins, gcs_address=self.address, resources=resources or {})
 
-    def kill(self, ip: str) -> None:
-        """Kill a node with all that runs on it, as when its machine fails."""
-        node = self._nodes.pop(ip)
-        with suppress(psutil.NoSuchProcess):
-            processes = [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
+    def kill(self, *ips: str) -> None:
+        """Kill nodes with all that runs on them, as when their machines fail."""
+        for ip in ips:
+            processes = self._nodes.pop(ip)
+            with suppress(psutil.NoSuchProcess):
+                processes = [*processes, *(child for one in processes for child in one.children(recursive=True))]
             for process in processes:
                 with suppress(psutil.NoSuchProcess):
                     process.kill()
-            psutil.wait_procs(processes[1:], 10)
-        node.wait()
+
+    @property
+    def ips(self) -> list[str]:
+        """The addresses of its nodes."""
+        return list(self._nodes)
 
     def processes(self) -> set[psutil.Process]:
         """Return all that runs on its nodes."""
-        found: set[psutil.Process] = set()
-        for node in self._nodes.values():
-            with suppress(psutil.NoSuchProcess):
-                process = psutil.Process(node.pid)
-                found |= {process, *process.children(recursive=True)}
-        return found
+        starter = psutil.Process(self._starter.pid)
+        return {starter, *starter.children(recursive=True)}
 
     def close(self) -> None:
+        assert self._starter.stdin is not None
+        assert self._starter.stdout is not None
         self.open_ones.remove(self)
-        for ip in reversed(list(self._nodes)):
-            self.kill(ip)
+        processes = self.processes()
+        self._starter.stdin.close()
+        self._starter.wait(30)
+        psutil.wait_procs(processes, 10)
+        self._starter.stdout.close()
+        self._log.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _start(self, ip: str, n_cpus: int, *options: str, plugins: list[str] | None = None, **variables: str) -> None:
-        inherited = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-        path = {"PYTHONPATH": os.pathsep.join(PLUGIN_PATH if plugins is None else plugins), "HF_HUB_OFFLINE": "1"}
-        command = [
-            str(Path(sys.executable).with_name("ray")),
-            "start",
-            f"--node-ip-address={ip}",
-            f"--num-cpus={n_cpus}",
-            f"--object-store-memory={_OBJECT_STORE_BYTES}",
-            "--include-log-monitor=false",
-            "--disable-usage-stats",
-            "--block",
-            *options,
-        ]
-        path_of_log = self.folder / f"{ip}.log"
-        with path_of_log.open("wb") as log:
-            self._nodes[ip] = subprocess.Popen(
-                command,
-                cwd=self.folder,
-                env=inherited | path | self.environment | variables,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while "Ray runtime started" not in (told := path_of_log.read_text(errors="replace")):
-            assert time.monotonic() < deadline, told
-            assert self._nodes[ip].poll() is None, told
-            time.sleep(0.05)
+    def _start(self, ip: str, n_cpus: int, plugins: list[str], **parameters: Any) -> None:
+        assert self._starter.stdin is not None
+        assert self._starter.stdout is not None
+        parameters |= {
+            "node_ip_address": ip,
+            "num_cpus": n_cpus,
+            "num_gpus": 0,
+            "object_store_memory": _OBJECT_STORE_BYTES,
+            "include_log_monitor": False,
+            "no_monitor": True,
+        }
+        self._starter.stdin.write(json.dumps([parameters, {"PYTHONPATH": os.pathsep.join(plugins)}]) + "\n")
+        self._starter.stdin.flush()
+        told = self._starter.stdout.readline()
+        assert told, (self.folder / "nodes.log").read_text(errors="replace")
+        self._nodes[ip] = [psutil.Process(pid) for pid in json.loads(told)]

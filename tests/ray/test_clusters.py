@@ -1,4 +1,4 @@
-"""Clusters that come and go: one of the server's own, one whose head dies, and one that is not there."""
+"""Other clusters than that of all tests: one of the server's own, and one that is not there."""
 
 from __future__ import annotations
 
@@ -9,13 +9,10 @@ from pathlib import Path
 
 import psutil
 
-from tests.conftest import Server, free_port
-from tests.ray.cluster import HEAD_IP, RayCluster
-from tests.ray.conftest import CONFIGURED, StartServer, server_of, status
-from tests.ray.test_ray_consumer import FRAGILE, ask, pids
-from tests.waiting import wait_until
-
-NODE_IP = "127.0.0.9"
+from tests.conftest import free_port
+from tests.ray.cluster import HEAD_IP
+from tests.ray.conftest import CONFIGURED, StartServer
+from tests.ray.servers import FRAGILE, ask, status
 
 
 def test_without_an_address_a_cluster_is_started_that_ends_with_a_killed_engine(gunicorn: StartServer) -> None:
@@ -46,28 +43,3 @@ def test_no_cluster_at_the_address_is_a_503_that_says_so(gunicorn: StartServer) 
     assert (response.status_code, response.json()["code"]) == (503, "model_load_failed")
     assert f"no Ray cluster answers at {address}" in response.json()["error"]
     assert "Retry-After" in response.headers
-
-
-def test_a_lost_head_is_a_503_until_it_is_back_and_the_server_goes_on(gunicorn: StartServer) -> None:
-    cluster = RayCluster(lost_after_s=3)
-    try:
-        cluster.start_head()
-        cluster.start_node(NODE_IP, 1)
-        server: Server = server_of(gunicorn, cluster)()
-        assert ask(server, FRAGILE).status_code == 200
-        before = pids(server, "fake_fragile")
-
-        cluster.kill(HEAD_IP)
-
-        wait_until(lambda: ask(server, FRAGILE).status_code == 503, "a 503")
-        response = ask(server, FRAGILE)
-        assert response.json()["code"] in ("model_unavailable", "model_load_failed")
-        assert "Retry-After" in response.headers
-
-        cluster.kill(NODE_IP)
-        cluster.start_head()
-        cluster.start_node(NODE_IP, 1)
-        wait_until(lambda: ask(server, FRAGILE).status_code == 200, "an answer")
-        assert pids(server, "fake_fragile").isdisjoint(before)
-    finally:
-        cluster.close()

@@ -261,16 +261,23 @@ class JobQueue:
     def put(self, job: Job) -> None:
         self._jobs.append(job)
 
-    def take(self, max_items: int) -> list[Piece]:
+    def take(self, max_items: int, least_items: float = 1) -> list[Piece]:
         """Take the first job that still has a waiter and all that joins it, ``max_items`` items at most.
+
+        Where that is less than ``least_items``, nothing is taken.
 
         Where more joins it, those go with it that are most like it in length: the first one never waits for them. A
         first job that is larger than a batch then goes to the end, so that it keeps nobody waiting for all of it.
         """
+        if least_items > max_items:
+            return []
         waiting = [job for job in self._jobs if not job.ended]
+        company = self._company(waiting, max_items)
+        if sum(job.n_items - job.n_taken for job in company) < least_items:
+            return []
         pieces: list[Piece] = []
         room = max_items
-        for job in self._company(waiting, max_items):
+        for job in company:
             n = min(room, job.n_items - job.n_taken)
             pieces.append(Piece(job, job.n_taken, job.n_taken + n))
             job.n_taken += n

@@ -86,6 +86,8 @@ class ModelRun:
         self.jobs: Final[set[Job]] = {job for job in queue if not job.ended}
         self.pids: Callable[[], list[int]] = lambda: [os.getpid()]  # where the model lives on this machine
         self.replicas: Callable[[], list[dict[str, Any]]] = self._one_a_process
+        # How many items must wait for the next batch. A consumer that may run several at a time may ask for more.
+        self.least_items: Callable[[], float] = lambda: 1
         self.stop_was_asked = False  # by a client, not by a limit or the end of the server
         self.origin: Origin | None = None  # of its answers; known once it is loaded
         self.download: Download | None = None  # what is on its way, while the model loads
@@ -147,8 +149,13 @@ class ModelRun:
         finally:
             self.end("its consumer left")
 
+    def reconsider(self) -> None:
+        """Have ``least_items`` asked again, which now says something else."""
+        with self._model._changed:
+            self._model._changed.notify_all()
+
     def stop(self) -> None:
-        """Stop the model as a client does, where it was stopped elsewhere."""
+        """Stop the model here because it was stopped elsewhere; no client asks this server for it."""
         if self.is_wanted:
             self._model.stop(asked=False)
 
@@ -458,7 +465,7 @@ class Model:
     def _next_batch(self, run: ModelRun) -> Batch | None:
         with self._changed:
             while not run.ended:
-                if pieces := run.queue.take(self.options.max_batch_size):
+                if pieces := run.queue.take(self.options.max_batch_size, run.least_items()):
                     return Batch(self.name, run.module, pieces, self._measure, run.origin)
                 if all(job.ended for job in run.jobs):
                     if self._state is State.RUNNING and self._idle_seconds_left() <= 0:

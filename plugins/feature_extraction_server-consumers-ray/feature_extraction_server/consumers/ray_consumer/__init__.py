@@ -1,8 +1,8 @@
 """A consumer whose models run on a Ray cluster, on one machine or on many.
 
 Each model is one application of Ray Serve. Any number of servers share its replicas: who starts a model first deploys
-the application, the others find it. Calls go out by Ray Serve's handle, as many at a time as there are replicas; what
-waits meanwhile goes out as one call afterwards.
+the application, the others find it. Calls go out by Ray Serve's handle, as many at a time as there are replicas, and as
+many again that are full; what waits meanwhile goes out as one call afterwards.
 
 A replica or a node that dies costs no request: what it worked on is run again elsewhere, so that a model's function
 may run twice. The cluster's head that dies costs the requests a 503 as soon as Ray gives up waiting for it; when it is
@@ -15,7 +15,7 @@ models of an engine: see ``driver``.
 from __future__ import annotations
 
 import logging
-import queue
+import math
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -74,47 +74,67 @@ class Caller:
             self._channel.close()
 
 
-class Callers:
-    """As many callers as there are replicas, one at least. ``take`` waits for one that has nothing to do."""
+class Calls:
+    """The calls that are under way, and how many may be.
 
-    def __init__(self, make: Callable[[], Caller]) -> None:
+    Each replica has one that takes what waits, however little that is. A second one goes out ahead of time where it is
+    full: it would not be larger later, and the replica need not idle until it has come.
+    """
+
+    def __init__(self, model: ModelRun, make: Callable[[], Caller]) -> None:
+        self._model = model
         self._make = make
-        self._free: queue.SimpleQueue[Caller] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._n_wanted = self._n_made = 0
-        self.resize(1)
+        self._free: list[Caller] = []
+        self._n_replicas = 1
+        self._n_under_way = 0
+        self._closed = False
 
-    def resize(self, n: int) -> None:
-        """Let there be this many. Those that are too many go when they have nothing to do."""
+    def resize(self, n_replicas: int) -> None:
+        """Take note of how many replicas there are."""
         with self._lock:
-            self._n_wanted = min(max(1, n), _MAX_CALLS)
-            while self._n_made < self._n_wanted:
-                self._n_made += 1
-                self._free.put(self._make())
+            self._n_replicas = max(1, n_replicas)
+        self._model.reconsider()
 
-    def take(self) -> Caller:
-        while True:
-            caller = self._free.get()
-            with self._lock:
-                if self._n_made <= self._n_wanted:
-                    return caller
-                self._n_made -= 1
+    def least_items(self) -> float:
+        """Return how many items must wait for one more call."""
+        with self._lock:
+            if self._n_under_way < min(self._n_replicas, _MAX_CALLS):
+                return 1
+            ahead = self._n_under_way < min(2 * self._n_replicas, _MAX_CALLS)
+            return self._model.options.max_batch_size if ahead else math.inf
+
+    def begin(self) -> Caller:
+        """Count one more call, and return what makes it."""
+        with self._lock:
+            self._n_under_way += 1
+            return self._free.pop() if self._free else self._make()
+
+    def end(self, caller: Caller) -> None:
+        """Count one call less, and keep what made it for those that may come."""
+        with self._lock:
+            self._n_under_way -= 1
+            is_spare = self._closed or self._n_under_way + len(self._free) >= 2 * self._n_replicas
+            if not is_spare:
+                self._free.append(caller)
+        if is_spare:
             caller.close()
-
-    def give_back(self, caller: Caller) -> None:
-        self._free.put(caller)
+        self._model.reconsider()
 
     def close(self) -> None:
-        """Close those that have nothing to do."""
-        while not self._free.empty():
-            self._free.get().close()
+        """Let go of what no call needs."""
+        with self._lock:
+            self._closed = True
+            spare, self._free = self._free, []
+        for caller in spare:
+            caller.close()
 
 
 class RayModel:
     """Stands in for the model's module: ``load_model`` finds it on the cluster, or has it deployed there."""
 
     def __init__(self, model: ModelRun) -> None:
-        self.callers: Callers | None = None
+        self.calls: Calls | None = None
         self._model = model
         self._driver: DriverProcess | None = None
         self._channel: Channel | None = None
@@ -133,10 +153,11 @@ class RayModel:
             raise
         self._provenance, self._here, self._replicas = told
         driver, interval_s = self._driver, self._model.options.result_check_interval
-        self.callers = Callers(lambda: Caller(driver, self._model.name, interval_s))
-        self.callers.resize(self._n_running())
+        self.calls = Calls(self._model, lambda: Caller(driver, self._model.name, interval_s))
+        self.calls.resize(self._n_running())
+        self._model.least_items = self.calls.least_items
         watch = threading.Thread(
-            target=self._watch, args=(self._channel, self.callers), name=f"watch-{self._model.name}", daemon=True
+            target=self._watch, args=(self._channel, self.calls), name=f"watch-{self._model.name}", daemon=True
         )
         self._channel = None  # the watch's from now on
         watch.start()
@@ -168,13 +189,13 @@ class RayModel:
     def _n_running(self) -> int:
         return sum(replica["state"] == "running" for replica in self._replicas)
 
-    def _watch(self, channel: Channel, callers: Callers) -> None:
+    def _watch(self, channel: Channel, calls: Calls) -> None:
         """Take note of the replicas as they come and go, until the model has gone from the cluster, or that is lost."""
         try:
             channel.send(("watch", self._model.name))
             while (replicas := channel.receive()) is not None:
                 self._replicas = replicas
-                callers.resize(self._n_running())
+                calls.resize(self._n_running())
         except (OSError, EOFError):
             if self._model.is_wanted:
                 self._model.end("the Ray cluster was lost", LOST_RETRY_AFTER_S)
@@ -198,8 +219,8 @@ def _consume(model: ModelRun, log_server: LogServer) -> None:
     model.pids, model.replicas = on_ray.pids, on_ray.replicas
     model.load_model()
     jobs = model.fetch_jobs()
-    callers = on_ray.callers
-    if callers is None:
+    calls = on_ray.calls
+    if calls is None:
         list(jobs)  # it was not loaded: there are none
         return
 
@@ -209,13 +230,9 @@ def _consume(model: ModelRun, log_server: LogServer) -> None:
         try:
             job.run()
         finally:
-            callers.give_back(caller)
+            calls.end(caller)
 
     with ThreadPoolExecutor(_MAX_CALLS, f"calls-{model.name}") as pool:
-        # Jobs are fetched only when a call may go out: what waits until then goes out as one batch.
-        caller = callers.take()
         for job in jobs:
-            pool.submit(run, caller, job)
-            caller = callers.take()
-        callers.give_back(caller)
-    callers.close()
+            pool.submit(run, calls.begin(), job)
+    calls.close()

@@ -17,7 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any, Final
 
 from PIL import Image
@@ -37,6 +37,9 @@ _POLL_S: Final = 1.0
 _CHECK_S: Final = 0.1  # between looks at whether somebody still waits
 _ANSWER_TIMEOUT_S: Final = 10.0  # of Ray Serve's controller
 _CONNECT_TIMEOUT_S: Final = 3.0
+_DELETE_TIMEOUT_S: Final = 60.0
+#: How often a replica that is to end looks whether it has answered all.
+_DRAIN_CHECK_S: Final = 0.2
 #: Calls that one replica may have at a time, those that wait included: of all servers together.
 _MAX_ONGOING: Final = 64
 #: Replicas that are busy for more of their time than this make Ray Serve start more. A server has no more calls under
@@ -56,6 +59,9 @@ class App:
         self.changed = threading.Condition()
         self.replicas: list[dict[str, Any]] = []
         self.gone = False
+        #: Calls at the same replica die together: the last try of one that only waited there must not be with the
+        #: last try of the one that killed it.
+        self.last_try = threading.Lock()
 
     def take(self, details: dict[str, Any] | None) -> None:
         """Take note of what Ray Serve tells of it; None: it has been deleted."""
@@ -127,15 +133,16 @@ class Cluster:
         app = self._apps[model]
         for n_tries in range(1, MAX_TRIES + 1):
             try:
-                succeeded, answer, provenance = self._wait(
-                    app, app.handle.remote(function, positional, arguments, id), is_wanted
-                )
+                with app.last_try if n_tries == MAX_TRIES else nullcontext():
+                    succeeded, answer, provenance = self._wait(
+                        app, app.handle.remote(function, positional, arguments, id), is_wanted
+                    )
             except ray.exceptions.RayTaskError as error:
                 return False, ModelError(f"the model {model} failed on the Ray cluster: {error.cause}")
             except (ray.exceptions.RayError, RayServeException) as error:
                 logger.warning("A replica of the model %s failed (try %d): %s", model, n_tries, error)
                 if not self._answers:
-                    raise ModelUnavailable("the head of the Ray cluster does not answer", retry_after=5) from None
+                    raise _head_is_silent() from None
                 reason = str(error).strip().rpartition("\n")[2]
             else:
                 if _differ(provenance, app.provenance):
@@ -161,12 +168,10 @@ class Cluster:
 
     def stop(self, model: str, for_all: bool) -> None:
         """Let go of a model, and delete it ``for_all`` servers. On a cluster of our own there are no others."""
-        from ray import serve
-
         app = self._apps.pop(model)
         try:
             if (for_all or self._folder is not None) and not app.gone:
-                serve.delete(app.name)
+                self._delete(app.name)
         finally:
             app.take(None)
 
@@ -239,6 +244,9 @@ class Cluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # listen on the loopback interface alone
+            # Processes for work that may come, one a core: the models' come in any case, and no others.
+            "RAY_enable_worker_prestart": "0",
+            "RAY_prestart_worker_first_driver": "0",
         }
 
     # Deploying
@@ -269,7 +277,8 @@ class Cluster:
             raise ModelUnavailable(f"the model {model} was stopped while it was starting")
         except BaseException:
             if deployed:
-                self._delete(name)
+                with suppress(Exception):  # another server may have done it
+                    self._delete(name)
             raise
 
     def _deploy(self, name: str, model: str, grace_s: float, configuration: str) -> None:
@@ -301,6 +310,7 @@ class Cluster:
             max_ongoing_requests=_MAX_ONGOING,
             max_constructor_retry_count=1,
             graceful_shutdown_timeout_s=grace_s,
+            graceful_shutdown_wait_loop_s=_DRAIN_CHECK_S,
             health_check_period_s=2,
             user_config={"configuration": configuration},
             request_router_config=RequestRouterConfig(
@@ -311,7 +321,9 @@ class Cluster:
         )
         # Servers that deploy the same at the same time must not replace each other's replicas.
         deployment._version = hashlib.blake2b(configuration.encode(), digest_size=8).hexdigest()
-        target = deployment.bind(model, self._given(model), logging.getLogger("feature_extraction_server").level)
+        target = deployment.bind(
+            model, self._given(model), logging.getLogger("feature_extraction_server").level, grace_s
+        )
         serve.run_many(
             [serve.RunTarget(target, name=name, route_prefix=None)],
             wait_for_ingress_deployment_creation=False,
@@ -350,10 +362,13 @@ class Cluster:
         )
 
     def _delete(self, name: str) -> None:
+        """Delete an application and wait until its replicas have ended. Ray Serve's own wait looks once a second."""
         from ray import serve
 
-        with suppress(Exception):  # another server may have done it
-            serve.delete(name)
+        serve.delete(name, _blocking=False)
+        give_up_at = time.monotonic() + _DELETE_TIMEOUT_S
+        while name in self._details() and time.monotonic() < give_up_at:
+            time.sleep(_CHECK_S)
 
     # Watching
 
@@ -379,7 +394,10 @@ class Cluster:
         from ray.serve.context import _get_global_client
 
         asked = _get_global_client()._controller.get_serve_instance_details.remote()
-        found: dict[str, Any] = ray.get(asked, timeout=_ANSWER_TIMEOUT_S)["applications"]
+        try:
+            found: dict[str, Any] = ray.get(asked, timeout=_ANSWER_TIMEOUT_S)["applications"]
+        except ray.exceptions.RayError as error:
+            raise _head_is_silent() from error
         return found
 
     def _wait(self, app: App, response: Any, is_wanted: Callable[[], bool]) -> Any:
@@ -390,11 +408,17 @@ class Cluster:
                 except TimeoutError:
                     if app.gone:
                         raise ModelUnavailable(f"the model {app.model} was stopped", retry_after=1) from None
+                    if not self._answers and response._replica_result is None:  # no replica has it
+                        raise _head_is_silent() from None
                     if not is_wanted():
                         raise ModelUnavailable("nobody waits for it any more") from None
         except (ModelUnavailable, EOFError, OSError):
             response.cancel()
             raise
+
+
+def _head_is_silent() -> ModelUnavailable:
+    return ModelUnavailable("the head of the Ray cluster does not answer", retry_after=5)
 
 
 def _replicas(details: dict[str, Any]) -> list[dict[str, Any]]:

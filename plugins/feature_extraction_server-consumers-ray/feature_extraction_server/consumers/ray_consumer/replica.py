@@ -21,8 +21,6 @@ NAMESPACE = "feature_extraction_server"
 #: What stands around the reason in the error of a load that failed, which Ray Serve wraps in its own words.
 FAILED = "<<load failed:"
 END = ":load failed>>"
-#: How long a call that nobody waits for any more may go on before the replica is given up and replaced.
-HANG_GRACE_S = 10.0
 
 
 class Replica:
@@ -32,10 +30,12 @@ class Replica:
         model: the model plugin's name.
         settings: those that were given to the server, by their names in the environment.
         log_level: the server's.
+        grace_s: how long a call that nobody waits for any more may go on before the replica is given up and replaced.
     """
 
-    def __init__(self, model: str, settings: dict[str, str], log_level: str) -> None:
+    def __init__(self, model: str, settings: dict[str, str], log_level: str, grace_s: float) -> None:
         self._model = model
+        self._grace_s = grace_s
         self._threads = ThreadPoolExecutor(1, "model")  # some libraries want one thread for all they do
         try:
             self._threads.submit(self._load, settings, log_level).result()
@@ -93,7 +93,7 @@ class Replica:
             sys.stderr.flush()
             os._exit(1)
 
-        timer = threading.Timer(HANG_GRACE_S, end)
+        timer = threading.Timer(self._grace_s, end)
         timer.daemon = True
         timer.start()
         running.add_done_callback(lambda _: timer.cancel())

@@ -1,0 +1,77 @@
+"""Replicas, a node and the head die while requests come. In this order: each test leaves less of the cluster."""
+
+from __future__ import annotations
+
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+
+from tests.conftest import Server
+from tests.load import Load
+from tests.ray.cluster import HEAD_IP, RayCluster
+from tests.ray.conftest import NODES
+from tests.ray.servers import FRAGILE, ask, pids, pids_of_fragile, replicas
+from tests.waiting import wait_until
+
+
+def test_a_killed_replica_costs_no_request(first: Server) -> None:
+    before = pids_of_fragile(first)
+    with Load(first, FRAGILE, 8) as load:
+        load.wait_for_successes(16)
+
+        os.kill(next(iter(before)), signal.SIGKILL)
+
+        load.wait_for_successes(64)
+        wait_until(lambda: len(pids(first, "fake_fragile") - before) == 1, "another replica")
+    assert load.labels().keys() == {"200"}
+
+
+def test_a_request_that_kills_replicas_is_a_503_and_its_neighbours_are_answered(first: Server) -> None:
+    pids_of_fragile(first)
+    with ThreadPoolExecutor(4) as pool:
+        culprit = pool.submit(ask, first, FRAGILE, 2)
+        others = [pool.submit(ask, first, FRAGILE, 40 + index) for index in range(3)]
+
+    assert (culprit.result().status_code, culprit.result().json()["code"]) == (503, "model_unavailable")
+    assert [other.result().status_code for other in others] == [200] * 3
+
+
+def test_a_replica_that_hangs_is_replaced(first: Server, second: Server) -> None:
+    before = pids_of_fragile(first)
+    pids_of_fragile(second)
+
+    response = ask(second, FRAGILE, 4)
+
+    assert response.status_code == 504
+    wait_until(lambda: bool(pids(first, "fake_fragile") - before), "another replica")
+    assert ask(second, FRAGILE).status_code == 200
+
+
+def test_a_killed_node_costs_no_request(first: Server, cluster: RayCluster) -> None:
+    pids_of_fragile(first)
+    with Load(first, FRAGILE, 8) as load:
+        load.wait_for_successes(32)
+        doomed = replicas(first, "fake_fragile")[0]["node"]
+
+        cluster.kill(doomed)
+
+        load.wait_for_successes(64)
+    assert load.labels().keys() == {"200"}
+
+
+def test_a_lost_head_is_a_503_until_it_is_back_and_the_server_goes_on(first: Server, cluster: RayCluster) -> None:
+    assert ask(first, FRAGILE).status_code == 200
+    before = pids(first, "fake_fragile")
+
+    cluster.kill(HEAD_IP)
+
+    wait_until(lambda: ask(first, FRAGILE).status_code == 503, "a 503")
+    response = ask(first, FRAGILE)
+    assert response.json()["code"] in ("model_unavailable", "model_load_failed")
+    assert "Retry-After" in response.headers
+
+    cluster.kill(*cluster.ips)
+    cluster.start_head()
+    cluster.start_node(NODES[0], 2)
+    wait_until(lambda: ask(first, FRAGILE).status_code == 200, "an answer")
+    assert pids(first, "fake_fragile").isdisjoint(before)
