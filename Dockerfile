@@ -21,7 +21,7 @@ WORKDIR /build
 RUN python -m venv /opt/venv
 
 COPY feature_extraction_server-core feature_extraction_server-core
-RUN --mount=type=cache,target=/root/.cache/pip python -m pip install ./feature_extraction_server-core "gunicorn>=23"
+RUN --mount=type=cache,target=/root/.cache/pip python -m pip install ./feature_extraction_server-core "gunicorn~=27.0"
 
 COPY docker docker
 COPY plugins_to_install plugins_to_install

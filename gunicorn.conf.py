@@ -25,8 +25,8 @@ workers = number_of_workers()
 # A request waits in its thread until the model has answered, and requests that wait together share one call of the
 # model: with one thread a worker, there would never be two to share. There are more threads than requests may wait for
 # one model (MAX_QUEUE_SIZE, 1024), so that a model that is slow, full or hangs keeps neither other models' requests
-# nor health checks waiting. Threads are made when they are needed.
-worker_class = "gthread"
+# nor health checks waiting. Threads are made when they are needed, and few of them run Python code at a time.
+worker_class = "feature_extraction_server.flask.worker.Worker"
 threads = 1100
 worker_connections = 2048
 

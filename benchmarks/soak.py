@@ -26,7 +26,7 @@ import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -194,13 +194,15 @@ def growth(record: Record) -> Iterator[tuple[str, str, float, float]]:
 
 
 @contextmanager
-def running_server(folder: Path, n_workers: int) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+def running_server(
+    folder: Path, n_workers: int, settings: Mapping[str, str] = SETTINGS
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """Start gunicorn as the repository configures it, and yield it and its address when it answers."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{listener.getsockname()[1]}"
     paths = os.pathsep.join(map(str, PLUGIN_PATH))
-    environment = os.environ | SETTINGS | {"PYTHONPATH": paths, "LOG_PATH": str(folder / "log.txt")}
+    environment = os.environ | settings | {"PYTHONPATH": paths, "LOG_PATH": str(folder / "log.txt")}
     options = ["-c", str(ROOT / "gunicorn.conf.py"), "-b", address, "-w", str(n_workers)]
     with (folder / "server.txt").open("wb") as output:
         server = subprocess.Popen(

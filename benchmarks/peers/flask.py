@@ -38,7 +38,8 @@ def create_app(workload: str, n_processes: int) -> Flask:
 
 def main(port: str, workload: str, n_processes: int) -> None:
     app = f"benchmarks.peers.flask:create_app({workload!r},{n_processes})"
-    command = [sys.executable, "-m", "gunicorn", "-c", str(ROOT / "gunicorn.conf.py")]
+    # In its environment there is nothing of this server's: it has gunicorn's own threads.
+    command = [sys.executable, "-m", "gunicorn", "-c", str(ROOT / "gunicorn.conf.py"), "-k", "gthread"]
     os.execv(sys.executable, [*command, "-b", f"127.0.0.1:{port}", "-w", str(n_processes), app])
 
 

@@ -59,5 +59,5 @@ def test_configuration_names_the_app_and_lets_requests_share_a_worker(tmp_path: 
     printed = " ".join(print_config(tmp_path).stdout.split())
 
     assert "wsgi_app = feature_extraction_server.flask.entrypoint:entrypoint()" in printed
-    assert "worker_class = gthread" in printed
+    assert "worker_class = feature_extraction_server.flask.worker.Worker" in printed
     assert "threads = 1100" in printed

@@ -6,8 +6,10 @@ import asyncio
 import json
 import re
 import resource
+import select
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from statistics import median
 from urllib.parse import urlsplit
@@ -18,6 +20,7 @@ import pytest
 from dev_server import ROOT
 from tests.conftest import Server
 from tests.http.bad_requests import PNG
+from tests.process.raw_http import connect, post, read_answer
 
 pytestmark = pytest.mark.process
 
@@ -31,6 +34,9 @@ N_SERVED = 10 * BATCH_SIZE
 #: Only to end what hangs.
 TIMEOUT_S = 240.0
 N_FILES = 4096
+#: Requests that wait to be accepted; ``select`` takes no more than 1,024 files.
+N_WAITING = 500
+HEALTH = b"GET /api/tasks/list HTTP/1.1\r\nHost: localhost\r\n\r\n"
 MIB = 1 << 20
 
 
@@ -180,3 +186,32 @@ def test_a_thousand_clients_of_a_slow_model_are_served_up_to_the_queues_bound_an
     assert processes_of(server) == processes
     # Nothing of the load is left in the queue.
     assert "in a batch of 1," in afterwards.json()[0]
+
+
+def test_routes_that_need_no_model_are_answered_before_hundreds_of_requests_that_came_first(
+    gunicorn: Callable[..., Server], files_for_clients: Callable[[], None]
+) -> None:
+    server = gunicorn("-c", str(ROOT / "gunicorn.conf.py"), MAX_QUEUE_SIZE=str(QUEUE_SIZE), FAKE_SECONDS=str(CALL_S))
+    files_for_clients()
+    server.post(SLOW, {"image": PNG})
+    body = json.dumps({"image": PNG}).encode()
+    (worker,) = psutil.Process(server.process.pid).children()
+    with ExitStack() as connections:
+        kept = connections.enter_context(connect(server))
+        kept.sendall(HEALTH)
+        assert read_answer(kept)[0] == 200
+
+        worker.suspend()
+        clients = [connections.enter_context(connect(server)) for _ in range(N_WAITING)]
+        for client in clients:
+            client.sendall(post(SLOW, body, f"Content-Length: {len(body)}"))
+        new = connections.enter_context(connect(server))
+        for connection in (new, kept):
+            connection.sendall(HEALTH)
+        worker.resume()
+        statuses = [read_answer(connection)[0] for connection in (new, kept)]
+        answered, _, _ = select.select(clients, [], [], 0)
+
+        assert statuses == [200, 200]
+        assert len(answered) < N_WAITING / 2
+        assert {read_answer(client)[0] for client in clients} == {200, 429}

@@ -33,6 +33,7 @@ from feature_extraction_server.core.jobs import Call
 from feature_extraction_server.core.plugins import Registry
 from feature_extraction_server.core.server_settings import ServerSettings
 from feature_extraction_server.core.tracking import Origin, Times, current
+from feature_extraction_server.core.turns import waiting
 from feature_extraction_server.core.wire import Channel, connect
 
 logger = logging.getLogger(__name__)
@@ -168,7 +169,8 @@ class EngineClient(ApplicationInterface):
         except OSError as error:  # out of file descriptors, say
             raise ModelUnavailable(f"the engine process cannot be reached: {error.strerror}", retry_after=1) from None
         try:
-            succeeded, answer, times, origin = self._receive(connection, give_up_at, is_wanted)
+            with waiting():
+                succeeded, answer, times, origin = self._receive(connection, give_up_at, is_wanted)
         except TimeoutError:
             connection.close()
             raise self._too_late() from None

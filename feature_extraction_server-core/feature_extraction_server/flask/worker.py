@@ -1,0 +1,92 @@
+"""Gunicorn's threaded worker, with turns: see ``core/turns.py``.
+
+    gunicorn --worker-class feature_extraction_server.flask.worker.Worker
+
+What reads only (GET), health checks among it, goes before what may ask a model.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import gc
+import socket
+import time
+from concurrent.futures import Future
+from contextlib import suppress
+from functools import partial
+from selectors import EVENT_READ
+from typing import Any, Final
+
+from gunicorn.workers.gthread import TConn, ThreadWorker  # type: ignore[import-untyped]
+
+from feature_extraction_server.core.cores import N_CORES
+from feature_extraction_server.core.turns import Turns
+
+#: One request runs Python code, while others decode pictures on all cores. More would only wait for its lock.
+N_AT_ONCE: Final = 1 + min(N_CORES, 8)
+#: How long a client may be connected before it sends its first request.
+MAX_SILENCE_S: Final = 10.0
+_URGENT: Final = (b"GET ", b"HEAD ", b"OPTIONS ")
+_PEEKED: Final = max(map(len, _URGENT))
+# Unlike the socket's own, it keeps Python's interpreter lock, since it never waits.
+_recv: Final = ctypes.PyDLL(None, use_errno=True).recv
+
+
+class Worker(ThreadWorker):  # type: ignore[misc]
+    """Accepts all clients that wait at once, and answers their requests in turn."""
+
+    def get_thread_pool(self) -> Turns:
+        return Turns(N_AT_ONCE, self.cfg.threads)
+
+    def run(self) -> None:
+        # What is loaded by now stays. To look through it all for garbage takes 60 ms, in which nobody is answered.
+        gc.collect()
+        gc.freeze()
+        super().run()
+
+    def accept(self, listener: socket.socket) -> None:
+        # A worker that has others beside it leaves clients to them.
+        at_most = self.worker_connections - self.nr_conns if self.cfg.workers == 1 else 1
+        with self.tpool.held(), suppress(BlockingIOError, ConnectionAbortedError):
+            for _ in range(at_most):
+                self._take(TConn(self.cfg, *listener.accept(), listener.getsockname()))
+
+    def _take(self, conn: TConn) -> None:
+        """Let a new client's request wait for its turn if it has come, else wait for it."""
+        self.nr_conns += 1
+        conn.data_ready = True
+        if (begun := _beginning(conn)) is not None:
+            self._enqueue(conn, begun)
+            return
+        conn.timeout = time.monotonic() + MAX_SILENCE_S
+        self.pending_conns.append(conn)
+        self.poller.register(conn.sock, EVENT_READ, partial(self.on_pending_socket_readable, conn))
+
+    def enqueue_req(self, conn: TConn) -> None:
+        self._enqueue(conn, b"" if self.tpool.is_free else _beginning(conn) or b"")
+
+    def _enqueue(self, conn: TConn, begun: bytes) -> None:
+        self.tpool.submit(partial(self._answer, conn), urgent=begun.startswith(_URGENT))
+
+    def _answer(self, conn: TConn) -> None:
+        done: Future[Any] = Future()
+        try:
+            done.set_result(self.handle(conn))
+        except BaseException as error:
+            done.set_exception(error)
+        self.method_queue.defer(self.finish_request, conn, done)
+
+    def wait_for_and_dispatch_events(self, timeout: float) -> None:
+        if (soon := self.tpool.end_long_turns()) is not None:
+            timeout = min(timeout, soon)
+        super().wait_for_and_dispatch_events(timeout)
+
+
+def _beginning(conn: TConn) -> bytes | None:
+    """Return the first bytes of what a client has sent; None where there is nothing yet."""
+    begun = ctypes.create_string_buffer(_PEEKED)
+    n = _recv(conn.sock.fileno(), begun, _PEEKED, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    if n < 0 and ctypes.get_errno() in (errno.EAGAIN, errno.EWOULDBLOCK):
+        return None
+    return begun.raw[: max(0, n)]
