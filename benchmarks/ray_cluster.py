@@ -156,10 +156,14 @@ class Server:
 
     def stop_model(self) -> None:
         """Delete the model from the cluster, so that the next server may ask for other replicas."""
-        urllib.request.urlopen(self.url(f"/api/models/{self.model}/stop"), b"{}", timeout=30).close()
         until = time.monotonic() + START_TIMEOUT_S
-        while self.get(f"/api/models/{self.model}/status")["state"] != "stopped" and time.monotonic() < until:
-            time.sleep(0.1)
+        while (status := self.get(f"/api/models/{self.model}/status"))["state"] != "stopped":
+            # What connections that are gone have asked for would start it again.
+            if status["state"] == "running" and not status["queue_depth"] + status["running_jobs"]:
+                urllib.request.urlopen(self.url(f"/api/models/{self.model}/stop"), b"{}", timeout=30).close()
+            if time.monotonic() > until:
+                raise SystemExit(f"ray_cluster.py: {self.model} did not stop within {START_TIMEOUT_S} s")
+            time.sleep(0.2)
 
     def used_s(self) -> tuple[float, float]:
         """Return the processor time of the web worker and of the engine with the process that speaks with Ray."""

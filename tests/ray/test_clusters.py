@@ -15,8 +15,14 @@ from tests.ray.conftest import CONFIGURED, StartServer
 from tests.ray.servers import FRAGILE, ask, status
 
 
+def folders() -> set[Path]:
+    """Return those of clusters that servers start, and of such as Ray starts by itself."""
+    temporary = Path(tempfile.gettempdir())
+    return {*temporary.glob("fes-ray-*"), *temporary.glob("ray/session_*")}
+
+
 def test_without_an_address_a_cluster_is_started_that_ends_with_a_killed_engine(gunicorn: StartServer) -> None:
-    before = set(Path(tempfile.gettempdir()).glob("fes-ray-*"))
+    before = folders()
     server = gunicorn(*CONFIGURED, FAKE_FRAGILE_CONSUMER_TYPE="ray_consumer")
     response = ask(server, FRAGILE)
     assert response.status_code == 200, response.text
@@ -31,7 +37,7 @@ def test_without_an_address_a_cluster_is_started_that_ends_with_a_killed_engine(
 
     _, left = psutil.wait_procs(cluster, 20)
     assert left == []
-    assert set(Path(tempfile.gettempdir()).glob("fes-ray-*")) <= before
+    assert folders() <= before
 
 
 def test_no_cluster_at_the_address_is_a_503_that_says_so(gunicorn: StartServer) -> None:

@@ -99,11 +99,10 @@ class Cluster:
         """
         self._connect()
         import ray
-        from ray import serve
 
         name = f"{settings.general('RAY_APP_PREFIX')}_{model}"
         details = self._wait_for_replica(name, model, grace_s, is_wanted)
-        handle = serve.get_deployment_handle(DEPLOYMENT, name)
+        handle = _handle(name)
         provenance = handle.provenance.remote().result(timeout_s=_ANSWER_TIMEOUT_S)
         app = App(name, model, handle.options(method_name="call"), provenance)
         app.take(details)
@@ -199,6 +198,8 @@ class Cluster:
 
     def _init(self) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # A thread that asks Ray after the end of the cluster would otherwise start another one.
+        os.environ["RAY_ENABLE_AUTO_CONNECT"] = "0"
         address = settings.general(settings.ADDRESS)
         if address is None:
             self._prepare_own_cluster()
@@ -253,7 +254,7 @@ class Cluster:
 
     def _wait_for_replica(self, name: str, model: str, grace_s: float, is_wanted: Callable[[], bool]) -> dict[str, Any]:
         configuration = self._configuration(model)
-        deployed = False
+        deployed = woken = False
         waiting_since = time.monotonic()
         try:
             while is_wanted():
@@ -269,6 +270,10 @@ class Cluster:
                     self._compare(model, configuration, details)
                     if any(replica["state"] == "running" for replica in _replicas(details)):
                         return dict(details)
+                    if status == "running" and not details["replicas"] and not woken:
+                        # There may be none (RAY_MIN_REPLICAS=0), until somebody asks for one.
+                        _handle(name).provenance.remote()
+                        woken = True
                     if any(replica.get("node_id") for replica in details["replicas"]):
                         waiting_since = time.monotonic()  # one has found its node and is loading
                     elif time.monotonic() - waiting_since > settings.general("RAY_PLACEMENT_TIMEOUT"):
@@ -415,6 +420,12 @@ class Cluster:
         except (ModelUnavailable, EOFError, OSError):
             response.cancel()
             raise
+
+
+def _handle(name: str) -> Any:
+    from ray import serve
+
+    return serve.get_deployment_handle(DEPLOYMENT, name)
 
 
 def _head_is_silent() -> ModelUnavailable:
