@@ -208,6 +208,7 @@ class Cluster:
         try:
             import ray
             from ray import serve
+            from ray.serve.context import _get_global_client
         except ImportError as error:
             raise ModelLoadFailed(
                 f"the package ray[serve], which the ray_consumer needs, is not installed ({error})"
@@ -225,6 +226,7 @@ class Cluster:
                 given = {key: value for key, value in options.items() if value is not None}
                 ray.init(**given, logging_level="warning")
             serve.start(proxy_location="Disabled")
+            self._controller = _get_global_client()._controller
         except Exception as error:
             logger.exception("The Ray cluster cannot be used")
             ray.shutdown()
@@ -393,12 +395,11 @@ class Cluster:
                 deleted = details is None or _word(details["status"]) == "deleting"
                 app.take(None if deleted else details["deployments"].get(DEPLOYMENT))
 
-    @staticmethod
-    def _details() -> dict[str, Any]:
+    def _details(self) -> dict[str, Any]:
         import ray
-        from ray.serve.context import _get_global_client
 
-        asked = _get_global_client()._controller.get_serve_instance_details.remote()
+        # Not by Ray Serve's client, which would start another cluster after the end of this one.
+        asked = self._controller.get_serve_instance_details.remote()
         try:
             found: dict[str, Any] = ray.get(asked, timeout=_ANSWER_TIMEOUT_S)["applications"]
         except ray.exceptions.RayError as error:
