@@ -169,7 +169,7 @@ class Server:
         """End the server as an operator does, and return its exit status."""
         self.process.terminate()
         try:
-            return self.process.wait(30)
+            return self.process.wait(60)  # gunicorn kills a worker that was asked to end while it began after 30
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
