@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skipif(not HAS_RAY, reason="ray[serve] is not installed"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def cluster() -> Iterator[RayCluster]:
     made = RayCluster(LOST_AFTER_S)
     try:
@@ -65,7 +65,7 @@ def nothing_left_behind() -> Iterator[None]:
     pytest.fail(f"left behind: {children}")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def serving(cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> ServeUntil:
     """``with serving(SETTING=value, ...) as server`` has a server whose fakes run on the cluster."""
 
@@ -85,14 +85,14 @@ def serving(cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> Se
     return serve
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def first(serving: ServeUntil) -> Iterator[Server]:
     """The server that starts the models which others find. ``fake_fragile`` has two replicas."""
     with serving() as server:
         yield server
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def second(serving: ServeUntil, first: Server) -> Iterator[Server]:
     """A server that has other settings for ``fake_slow``, and asks more for ``fake_flaky`` than there is."""
     settings = {"RAY_NUM_CPUS_FAKE_SLOW": "0.5", "FAKE_SECONDS": "0.01", "REQUEST_TIMEOUT": "5"}

@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import nullcontext, suppress
 from typing import Any, Final
 
@@ -79,6 +80,7 @@ class Cluster:
         self._registry = registry
         self._lock = threading.Lock()
         self._connected = False
+        self._closing = threading.Event()
         self._answers = True  # whether Ray Serve's controller did, when it was last asked
         self._folder: str | None = None  # of a cluster of our own
         self._apps: dict[str, App] = {}
@@ -176,6 +178,7 @@ class Cluster:
 
     def close(self) -> None:
         """Leave the cluster, and end it where it is our own."""
+        self._closing.set()
         if self._connected and self._folder is not None:
             import ray
 
@@ -192,9 +195,21 @@ class Cluster:
     def _connect(self) -> None:
         with self._lock:
             if not self._connected:
-                self._init()
+                connected: Future[None] = Future()
+                threading.Thread(target=self._run, args=(connected,), name="cluster", daemon=True).start()
+                connected.result()
                 self._connected = True
-                threading.Thread(target=self._poll, name="poll", daemon=True).start()
+
+    def _run(self, connected: Future[None]) -> None:
+        """Connect and watch, in one thread: Linux kills what Ray starts when the thread that started it ends."""
+        try:
+            self._init()
+        except BaseException as error:
+            connected.set_exception(error)
+        else:
+            connected.set_result(None)
+            self._poll()
+            threading.Event().wait()  # for the end of the process: ``close`` gives them time to end by themselves
 
     def _init(self) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -246,7 +261,7 @@ class Cluster:
         os.environ |= {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
-            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # listen on the loopback interface alone
+            "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # listen on the loopback interface, but for replicas' ports
             # Processes for work that may come, one a core: the models' come in any case, and no others.
             "RAY_enable_worker_prestart": "0",
             "RAY_prestart_worker_first_driver": "0",
@@ -380,13 +395,12 @@ class Cluster:
     # Watching
 
     def _poll(self) -> None:
-        while True:
-            time.sleep(_POLL_S)
+        while not self._closing.wait(_POLL_S):
             try:
                 found = self._details()
                 self._answers = True
             except Exception as error:  # Ray may fail in many ways while the head is away
-                if self._answers:
+                if self._answers and not self._closing.is_set():
                     logger.warning("Ray Serve's controller does not answer: %s", error)
                 self._answers = False
                 continue

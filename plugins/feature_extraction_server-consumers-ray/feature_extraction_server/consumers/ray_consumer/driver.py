@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -40,7 +41,7 @@ def main(file_descriptor: int) -> None:
         threading.Thread(target=_serve, args=(channel, cluster), name="connection", daemon=True).start()
     cluster.close()
     logging.shutdown()
-    os._exit(0)  # Ray's threads must not keep it
+    os.killpg(0, signal.SIGKILL)  # Ray's threads must not keep it, and what Ray has not ended must not outlive it
 
 
 def _serve(channel: Channel, cluster: Cluster) -> None:

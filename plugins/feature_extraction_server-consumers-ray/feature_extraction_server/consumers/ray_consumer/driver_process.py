@@ -39,7 +39,11 @@ class DriverProcess:
         command = [sys.executable, "-P", "-m", MODULE, str(theirs.fileno())]
         with theirs:
             self._process = subprocess.Popen(
-                command, env=subprocesses.environment(), stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()]
+                command,
+                env=subprocesses.environment(),
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                process_group=0,
             )
 
     @property
