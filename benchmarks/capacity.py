@@ -194,12 +194,38 @@ def table(plans: Sequence[Plan], goal: Goal) -> list[str]:
     return markdown(head, rows)
 
 
-def comparison(measured: Sequence[dict[str, Any]], costs: Costs, cores: int) -> list[str]:
-    """Return a table of what was measured on one machine and what the simulation says of the same load there."""
+def on_one_machine(costs: Costs, machine: dict[str, float], alone: dict[str, Any]) -> Costs:
+    """Return the costs where servers, Ray and replicas share the cores of one machine.
+
+    Args:
+        machine: its ``cores``, how many of them are busy without any request (``idle_cores``), and the processor time
+            that a call takes elsewhere than in the server (``remote_ms``).
+        alone: what was measured of one replica. It tells how much processor time its calls really took.
+    """
+    n_items = alone["items_a_call"]
+    told_ms = n_items * (costs.web_ms + costs.engine_ms) + costs.call_ms + machine["remote_ms"]
+    taken_ms = 1e3 * (alone["cores_busy"] - machine["idle_cores"]) * n_items / alone["requests_per_s"]
+    slower = taken_ms / told_ms * machine["cores"] / (machine["cores"] - machine["idle_cores"])
+    return replace(
+        costs,
+        shared_cores=int(machine["cores"]),
+        web_ms=slower * costs.web_ms,
+        engine_ms=slower * costs.engine_ms,
+        call_ms=slower * costs.call_ms,
+        network_ms=slower * machine["remote_ms"],
+    )
+
+
+def comparison(measured: Sequence[dict[str, Any]], costs: Costs, machine: dict[str, float] | None) -> list[str]:
+    """Return a table of what was measured, all on one ``machine``, and what the simulation says of the same load."""
     head = ["Replicas", "Connections", "Requests a call, at most", "Measured requests/s", "Simulated", "Off by"]
     rows = []
     for point in measured:
-        same = replace(costs, max_batch_size=point["max_batch_size"], shared_cores=cores)
+        size = point["max_batch_size"]
+        same = replace(costs, max_batch_size=size)
+        if machine is not None:
+            alone = next(one for one in measured if (one["replicas"], one["max_batch_size"]) == (1, size))
+            same = on_one_machine(same, machine, alone)
         load = Load(clients=point["connections"])
         outcome = simulate(same, load, n_servers=1, n_replicas=point["replicas"], seconds=21)
         simulated, wanted = outcome.requests_per_s(WARM_UP_S), point["requests_per_s"]
@@ -268,12 +294,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         *table(plans, goal),
     ]
     if measured := known.get("measured"):
-        lines += [
-            "",
-            "## Simulated and measured",
-            "",
-            *comparison(measured, costs_of(known["costs"]), known.get("cores", 0)),
-        ]
+        compared = comparison(measured, costs_of(known["costs"]), known.get("machine"))
+        lines += ["", "## Simulated and measured", "", *compared]
     if not options.write:
         sys.stdout.write("\n".join([*lines, ""]))
         return

@@ -36,7 +36,7 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.bench import family, free_port, stop  # noqa: E402 - the path is set above
+from benchmarks.bench import family, free_port, kill, stop  # noqa: E402 - the path is set above
 from benchmarks.capacity import markdown  # noqa: E402
 from benchmarks.load import Measurement, choose_generator, measure  # noqa: E402
 from benchmarks.workloads import MeanColour  # noqa: E402
@@ -62,6 +62,7 @@ WAYS: Final = (Way(1, 1, 4), Way(4, 1, 12), Way(32, 1, 96), Way(32, 32, 4))
 IMAGES_A_REQUEST: Final = 8
 START_TIMEOUT_S: Final = 90
 WARM_UP_S: Final = 2
+IDLE_S: Final = 10
 #: Not 127.0.0.1, in whose place Ray takes another address of the machine.
 HEAD_IP: Final = "127.0.0.2"
 
@@ -104,7 +105,8 @@ class Cluster:
         return _cpu_s([*family(psutil.Process(self._node.pid)), *family(psutil.Process(server.process.pid))])
 
     def close(self) -> None:
-        stop(self._node)
+        kill(family(psutil.Process(self._node.pid)))  # asked to end, Ray would take half a minute
+        self._node.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -236,14 +238,20 @@ def overhead(seconds: float) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for place, n_replicas in (("engine", 0), ("ray", 1)):
         with cluster() as ray, serving(ray, "noop", "text_echo", n_replicas) as server:
+            idle_s = ray.used_s(server)
+            time.sleep(IDLE_S)
+            idle_cores = found[f"{place}_idle_cores"] = (ray.used_s(server) - idle_s) / IDLE_S
             for connections in (1, 32):
                 (web_s, engine_s), (calls, items) = server.used_s(), server.calls()
+                all_s, began = ray.used_s(server), time.monotonic()
                 one = load(server.url(server.path), REQUEST, connections, seconds)
                 (web_after_s, engine_after_s), (calls_after, items_after) = server.used_s(), server.calls()
+                busy_s = ray.used_s(server) - all_s - idle_cores * (time.monotonic() - began)
                 n = items_after - items
                 found[f"{place}_{connections}"] = vars(one) | {
                     "web_ms": 1e3 * (web_after_s - web_s) / n,
                     "engine_ms": 1e3 * (engine_after_s - engine_s) / n,
+                    "all_ms": 1e3 * busy_s / n,
                     "requests_a_call": n / (calls_after - calls),
                 }
     return found
@@ -310,6 +318,17 @@ def costs(found: dict[str, Any]) -> dict[str, Any]:
     return {name: round(value, 3) for name, value in numbers.items()}
 
 
+def machine_of(found: dict[str, Any]) -> dict[str, float]:
+    """Return what else takes the cores of a machine that servers and replicas share, for ``capacity.py``.
+
+    ``idle_cores`` are busy without any request; ``remote_ms`` is what a call takes elsewhere than in the server.
+    """
+    alone = found["ray_1"]
+    remote_ms = max(0.0, alone["all_ms"] - alone["web_ms"] - alone["engine_ms"])
+    numbers = {"cores": float(os.cpu_count() or 1), "idle_cores": found["ray_idle_cores"], "remote_ms": remote_ms}
+    return {name: round(value, 3) for name, value in numbers.items()}
+
+
 def tables(ray: dict[str, Any]) -> list[str]:
     """Return the tables of RAY.md, of the parts that were measured."""
     lines: list[str] = []
@@ -372,8 +391,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         known["source"] = f"by ray_cluster.py on {time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, for all processes"
         if "overhead" in ray:
             known["costs"] = {"curve_ms": {"1": WAIT_MS, "32": WAIT_MS}} | costs(ray["overhead"])
+            known["machine"] = machine_of(ray["overhead"])
         known["measured"] = [one for one in ray.get("scaling", []) if one["texts_a_request"] == 1]
-        known["cores"] = os.cpu_count()
         FINDINGS.write_text(json.dumps(known, indent=1) + "\n")
     page = BENCHMARKS / "RAY.md"
     head = page.read_text().split("## Measured", 1)[0] if page.exists() else "# On a Ray cluster\n\n"

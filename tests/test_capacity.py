@@ -10,7 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.capacity import Failures, Goal, Unreachable, curve, fewest, inputs, main, parse, plan, spares
+from benchmarks.capacity import (
+    Failures,
+    Goal,
+    Unreachable,
+    curve,
+    fewest,
+    inputs,
+    main,
+    on_one_machine,
+    parse,
+    plan,
+    spares,
+)
 from benchmarks.simulation import Costs, Load, Outage, Outcome, outages, simulate
 
 #: A replica that takes 10 ms for one request at a time, which is sent to it when it is idle.
@@ -138,6 +150,16 @@ def test_engine_makes_one_call_after_the_other() -> None:
     outcome = simulate(costs, Load(clients=50), n_servers=1, n_replicas=20, seconds=10)
 
     assert outcome.requests_per_s(1) == pytest.approx(200, rel=0.02)
+
+
+def test_on_one_machine_all_but_the_replicas_own_time_takes_its_cores() -> None:
+    costs = replace(FLAT, web_ms=3, engine_ms=2, call_ms=1, network_ms=1, max_batch_size=1)
+
+    alone = {"requests_per_s": 20.0, "items_a_call": 1.0, "cores_busy": 0.5 + 20 * 0.030}  # 30 ms, not 3 + 2 + 1 + 9
+    there = on_one_machine(costs, {"cores": 2, "idle_cores": 0.5, "remote_ms": 9}, alone)
+
+    outcome = simulate(there, Load(clients=200), 1, 50, seconds=10)
+    assert outcome.requests_per_s(1) == pytest.approx(1.5 / 0.030, rel=0.05)
 
 
 def test_calls_of_a_node_that_fails_are_made_again_and_every_request_is_answered() -> None:

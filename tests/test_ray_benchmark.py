@@ -8,17 +8,18 @@ from typing import Any
 import pytest
 
 from benchmarks.capacity import costs_of
-from benchmarks.ray_cluster import FINDINGS, PARTS, costs, main, tables
+from benchmarks.ray_cluster import FINDINGS, PARTS, costs, machine_of, main, tables
 
 
 def measured(p50_ms: float, engine_ms: float, requests_a_call: float) -> dict[str, Any]:
     load = {"requests_per_s": 100.0, "p50_ms": p50_ms, "p99_ms": 2 * p50_ms, "n_errors": 0}
-    return load | {"web_ms": 0.7, "engine_ms": engine_ms, "requests_a_call": requests_a_call}
+    return load | {"web_ms": 0.7, "engine_ms": engine_ms, "all_ms": 12.0, "requests_a_call": requests_a_call}
 
 
 OVERHEAD = {
     "engine_1": measured(1.0, 0.2, 1),
     "engine_32": measured(20.0, 0.15, 10),
+    "ray_idle_cores": 0.2,
     "ray_1": measured(9.0, 3.2, 1),
     "ray_32": measured(25.0, 0.5, 10),
 }
@@ -29,6 +30,13 @@ def test_costs_of_a_request_and_of_a_call_are_told_apart() -> None:
 
     # 0.2 ms a request and 3 ms a call: 3.2 ms for a call of one, 0.5 ms a request for calls of ten.
     assert found == {"web_ms": 0.7, "engine_ms": 0.2, "call_ms": 3.0, "network_ms": 5.0}
+
+
+def test_what_a_call_takes_elsewhere_than_in_the_server_is_told() -> None:
+    found = machine_of(OVERHEAD)
+
+    assert found["idle_cores"] == 0.2
+    assert found["remote_ms"] == pytest.approx(12.0 - 0.7 - 3.2)
 
 
 def test_replicas_are_compared_with_as_many_times_one() -> None:
