@@ -47,6 +47,9 @@ STOP_TIMEOUT_S: Final = 30
 #: After their parent has ended. Some servers leave processes that do not.
 CHILDREN_STOP_TIMEOUT_S: Final = 3
 MAX_WARM_UP_S: Final = 3.0
+MAX_WARM_UP_CONNECTIONS: Final = 32
+#: A measurement takes longer than it was asked to where the model is too slow to answer each connection this often.
+LEAST_ANSWERS: Final = 2
 MAX_DRAIN_S: Final = 60.0
 DRAIN_CHECK_S: Final = 0.25
 #: A server that uses less of one core than this is idle: some have clocks of their own.
@@ -432,14 +435,19 @@ class Benchmark:
             with running(contender, workload) as server:
                 check_answers(server, self.expected[workload], tolerance)
                 warm_up_s = min(MAX_WARM_UP_S, self.options.seconds)
-                self.load(server, max(self.options.connections), warm_up_s)
+                self.load(server, min(MAX_WARM_UP_CONNECTIONS, max(self.options.connections)), warm_up_s)
                 for connections in self.options.connections:
-                    measured = self.load(server, connections, self.options.seconds)
+                    measured = self.load(server, connections, self.seconds(workload, connections))
                     self.note(workload, contender, connections, measured)
                 self.results.memory_mb.setdefault((workload, contender), []).append(server.memory_mb())
         except (Failed, OSError, http.client.HTTPException, subprocess.CalledProcessError) as failure:
             self.results.failures[workload, contender] = str(failure) or type(failure).__name__
             say(f"  {label(contender)}: {failure}")
+
+    def seconds(self, workload: str, connections: int) -> float:
+        """Return how long to measure: the first answers of all connections come at once, and tell little."""
+        rounds = self.results.measurements[workload, DIRECT, connections]
+        return max(self.options.seconds, LEAST_ANSWERS * connections / rounds[-1].requests_per_s)
 
     def load(self, server: Running, connections: int, seconds: float) -> Measurement:
         server.wait_until_idle()
@@ -582,7 +590,7 @@ def machine(benchmark: Benchmark) -> list[str]:
     loads = [" ".join(f"{load:.2f}" for load in loads) for loads in (benchmark.load_before, os.getloadavg())]
     installed = dict.fromkeys(["ours", *(SERVERS[name].installed_as or name for name in options.servers)])
     lines = [
-        f"* {benchmark.began}, {options.rounds} rounds of {options.seconds:g} s (medians), {options.generator}",
+        f"* {benchmark.began}, {options.rounds} rounds of {options.seconds:g} s or more (medians), {options.generator}",
         f"* {cpu_name()}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 1e9:.0f} GB; "
         f"{platform.system()} {platform.release()}",
         f"* load average before: {loads[0]}, at the end (the benchmark's own included): {loads[1]}",

@@ -16,6 +16,7 @@ from benchmarks.bench import (
     BENCHMARKS,
     DIRECT,
     SERVERS,
+    Benchmark,
     Contender,
     Results,
     agree,
@@ -47,6 +48,16 @@ def cells(results: Results, *taking_part: Contender) -> dict[tuple[str, str], di
 
 def test_bare_flask_also_runs_with_a_worker_for_each_web_worker_of_ours() -> None:
     assert contenders(["ours", "flask", "mosec"], [2]) == [OURS, FLASK_1, FLASK_2, MOSEC]
+
+
+@pytest.mark.parametrize(("connections", "expected_s"), [(1, 10), (32, 10), (256, 51.2)])
+def test_a_slow_model_is_measured_until_each_connection_may_have_two_answers(
+    connections: int, expected_s: float
+) -> None:
+    benchmark = Benchmark(parse(["--seconds", "10"]))
+    benchmark.results.add("W3", DIRECT, connections, measured(10.0))
+
+    assert benchmark.seconds("W3", connections) == expected_s
 
 
 def test_nobody_takes_part_twice() -> None:
