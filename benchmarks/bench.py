@@ -446,8 +446,9 @@ class Benchmark:
 
     def seconds(self, workload: str, connections: int) -> float:
         """Return how long to measure: the first answers of all connections come at once, and tell little."""
-        rounds = self.results.measurements[workload, DIRECT, connections]
-        return max(self.options.seconds, LEAST_ANSWERS * connections / rounds[-1].requests_per_s)
+        direct = self.results.measurements[workload, DIRECT, connections][-1]
+        asked_s: float = self.options.seconds
+        return max(asked_s, LEAST_ANSWERS * connections / direct.requests_per_s)
 
     def load(self, server: Running, connections: int, seconds: float) -> Measurement:
         server.wait_until_idle()

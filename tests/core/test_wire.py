@@ -25,7 +25,9 @@ WAIT_S = 20
 
 @pytest.fixture
 def ends() -> Iterator[tuple[Channel, Channel]]:
-    first, second = (Channel(end, WAIT_S) for end in socket.socketpair())
+    first, second = map(Channel, socket.socketpair())
+    for end in (first, second):
+        end.set_patience(WAIT_S)
     yield first, second
     first.close()
     second.close()
@@ -104,14 +106,14 @@ def test_what_cannot_be_pickled_is_told_before_anything_is_sent(ends: tuple[Chan
 
 
 def test_waiting_ends_when_the_other_end_goes_or_the_time_is_up(ends: tuple[Channel, Channel]) -> None:
-    impatient = Channel(ends[0]._socket, 0.01)
+    ends[0].set_patience(0.01)
     with pytest.raises(TimeoutError):
-        impatient.receive()
+        ends[0].receive()
 
     ends[1].close()
 
     with pytest.raises(EOFError):
-        impatient.receive()
+        ends[0].receive()
 
 
 def test_news_are_a_message_or_the_end(ends: tuple[Channel, Channel]) -> None:

@@ -25,7 +25,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-from feature_extraction_server.core import subprocesses
+from feature_extraction_server.core import patience, subprocesses
 from feature_extraction_server.core.application import ApplicationInterface
 from feature_extraction_server.core.cores import all_cores
 from feature_extraction_server.core.errors import ClientDisconnected, DeadlineExceeded, ModelUnavailable
@@ -169,7 +169,7 @@ class EngineClient(ApplicationInterface):
         except OSError as error:  # out of file descriptors, say
             raise ModelUnavailable(f"the engine process cannot be reached: {error.strerror}", retry_after=1) from None
         try:
-            with waiting():
+            with waiting(), patience.counted():
                 succeeded, answer, times, origin = self._receive(connection, give_up_at, is_wanted)
         except TimeoutError:
             connection.close()
@@ -220,8 +220,10 @@ class EngineClient(ApplicationInterface):
     def _receive(self, connection: Channel, give_up_at: float, is_wanted: Callable[[], bool]) -> Answer:
         while True:
             remaining = give_up_at - time.monotonic()
+            interval_s = patience.look_interval_s(self._check_interval_s)
+            connection.set_patience(interval_s)
             try:
-                if remaining < self._check_interval_s and not connection.wait_for_news(max(0, remaining)):
+                if remaining < interval_s and not connection.wait_for_news(max(0, remaining)):
                     raise TimeoutError
                 answer: Answer = connection.receive()
                 return answer

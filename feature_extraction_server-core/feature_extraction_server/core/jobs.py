@@ -258,6 +258,10 @@ class JobQueue:
     def __iter__(self) -> Iterator[Job]:
         return iter(self._jobs)
 
+    def is_full(self, max_jobs: int) -> bool:
+        """Tell whether ``max_jobs`` wait already. They are counted only where there may be as many."""
+        return len(self._jobs) >= max_jobs and len(self) >= max_jobs
+
     def put(self, job: Job) -> None:
         self._jobs.append(job)
 

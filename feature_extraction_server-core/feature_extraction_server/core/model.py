@@ -17,6 +17,7 @@ from enum import StrEnum
 from types import ModuleType
 from typing import Any, Final, Protocol
 
+from feature_extraction_server.core import patience
 from feature_extraction_server.core.errors import (
     ClientDisconnected,
     DeadlineExceeded,
@@ -281,7 +282,7 @@ class Model:
             run = self._start_locked()
             # A stopping model takes no more into this life: the job waits for the next one.
             queue = self._next_queue if self._state is State.STOPPING else self._current_run().queue
-            accepted = len(queue) < self.options.max_queue_size
+            accepted = not queue.is_full(self.options.max_queue_size)
             if accepted:
                 self._last_used = time.monotonic()
                 self._n_jobs += 1
@@ -311,13 +312,15 @@ class Model:
             ServerError: the job failed, or the model.
         """
         try:
-            while (remaining := deadline - time.monotonic()) > 0:
-                try:
-                    return job.future.result(timeout=min(self.options.result_check_interval, remaining))
-                except TimeoutError:
-                    self.notice_dead_consumer()
-                    if not is_wanted():
-                        raise ClientDisconnected("the client has gone") from None
+            with patience.counted():
+                while (remaining := deadline - time.monotonic()) > 0:
+                    interval_s = patience.look_interval_s(self.options.result_check_interval)
+                    try:
+                        return job.future.result(timeout=min(interval_s, remaining))
+                    except TimeoutError:
+                        self.notice_dead_consumer()
+                        if not is_wanted():
+                            raise ClientDisconnected("the client has gone") from None
             raise DeadlineExceeded(f"the model {self.name} gave no answer in time (REQUEST_TIMEOUT)")
         except ServerError as error:
             if error.status >= 500:

@@ -176,7 +176,7 @@ class ServerSettings:
                 minimum=0.001,
                 maximum=MAX_SECONDS,
                 description="Seconds between checks, while a request waits, that its model's consumer and its client "
-                "are still there; a result is handed over at once, whatever this is",
+                "are still there; longer where hundreds wait; a result is handed over at once, whatever this is",
             ),
             "max_queue_size": add(
                 name="MAX_QUEUE_SIZE",

@@ -11,6 +11,7 @@ Unpickling runs whatever the sender wants; only sockets in a private directory m
 from __future__ import annotations
 
 import io
+import math
 import mmap
 import pickle
 import select
@@ -39,22 +40,24 @@ _NEXT: Final = b"n"  # what the sender says of one that is not the first
 
 
 class Channel:
-    """One end of a connected socket. For one thread at a time.
+    """One end of a connected socket. For one thread at a time."""
 
-    Args:
-        patience_s: how long ``receive`` waits for a message; None: for ever.
-    """
-
-    def __init__(self, connected: socket.socket, patience_s: float | None = None) -> None:
+    def __init__(self, connected: socket.socket) -> None:
         self._socket = connected
         self._poll = select.poll()
         self._poll.register(connected, select.POLLIN)
         self._unread = b""  # what came together with the message before
         self._memory: mmap.mmap | None = None  # where the pictures of the message that is being read come
-        if patience_s is not None:
-            whole, part = divmod(max(1, round(patience_s * 1e6)), 1_000_000)
-            # Unlike Python's own timeouts, this one costs no system call a message.
-            connected.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", whole, part))
+        self._patience_s = math.inf
+
+    def set_patience(self, seconds: float) -> None:
+        """Have ``receive`` wait for a message for so long from now on, not for ever."""
+        if seconds == self._patience_s:
+            return
+        whole, part = divmod(max(1, round(seconds * 1e6)), 1_000_000)
+        # Unlike Python's own timeouts, this one costs no system call a message.
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", whole, part))
+        self._patience_s = seconds
 
     def send(self, message: Any, timeout_s: float | None = None) -> None:
         """Send an object.
@@ -208,7 +211,9 @@ def connect(path: str, patience_s: float, timeout_s: float | None = None) -> Cha
     except BaseException:
         client.close()
         raise
-    return Channel(client, patience_s)
+    channel = Channel(client)
+    channel.set_patience(patience_s)
+    return channel
 
 
 def send_answer(channel: Channel, answer: tuple[Any, ...]) -> None:
