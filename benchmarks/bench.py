@@ -47,7 +47,6 @@ STOP_TIMEOUT_S: Final = 30
 #: After their parent has ended. Some servers leave processes that do not.
 CHILDREN_STOP_TIMEOUT_S: Final = 3
 MAX_WARM_UP_S: Final = 3.0
-MAX_WARM_UP_CONNECTIONS: Final = 32
 #: A measurement takes longer than it was asked to where the model is too slow to answer each connection this often.
 LEAST_ANSWERS: Final = 2
 MAX_DRAIN_S: Final = 60.0
@@ -435,7 +434,7 @@ class Benchmark:
             with running(contender, workload) as server:
                 check_answers(server, self.expected[workload], tolerance)
                 warm_up_s = min(MAX_WARM_UP_S, self.options.seconds)
-                self.load(server, min(MAX_WARM_UP_CONNECTIONS, max(self.options.connections)), warm_up_s)
+                self.load(server, max(self.options.connections), warm_up_s)
                 for connections in self.options.connections:
                     measured = self.load(server, connections, self.seconds(workload, connections))
                     self.note(workload, contender, connections, measured)
