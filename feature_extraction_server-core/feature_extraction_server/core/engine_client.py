@@ -169,7 +169,7 @@ class EngineClient(ApplicationInterface):
         except OSError as error:  # out of file descriptors, say
             raise ModelUnavailable(f"the engine process cannot be reached: {error.strerror}", retry_after=1) from None
         try:
-            with waiting(), patience.counted():
+            with waiting():
                 succeeded, answer, times, origin = self._receive(connection, give_up_at, is_wanted)
         except TimeoutError:
             connection.close()
@@ -217,6 +217,7 @@ class EngineClient(ApplicationInterface):
                 connection.close()
                 raise
 
+    @patience.counted()
     def _receive(self, connection: Channel, give_up_at: float, is_wanted: Callable[[], bool]) -> Answer:
         while True:
             remaining = give_up_at - time.monotonic()

@@ -299,6 +299,7 @@ class Model:
                 retry_after=1,
             )
 
+    @patience.counted()
     def wait(self, job: Job, deadline: float, is_wanted: Callable[[], bool] = lambda: True) -> Any:
         """Return the job's result as soon as it is there.
 
@@ -312,15 +313,14 @@ class Model:
             ServerError: the job failed, or the model.
         """
         try:
-            with patience.counted():
-                while (remaining := deadline - time.monotonic()) > 0:
-                    interval_s = patience.look_interval_s(self.options.result_check_interval)
-                    try:
-                        return job.future.result(timeout=min(interval_s, remaining))
-                    except TimeoutError:
-                        self.notice_dead_consumer()
-                        if not is_wanted():
-                            raise ClientDisconnected("the client has gone") from None
+            while (remaining := deadline - time.monotonic()) > 0:
+                interval_s = patience.look_interval_s(self.options.result_check_interval)
+                try:
+                    return job.future.result(timeout=min(interval_s, remaining))
+                except TimeoutError:
+                    self.notice_dead_consumer()
+                    if not is_wanted():
+                        raise ClientDisconnected("the client has gone") from None
             raise DeadlineExceeded(f"the model {self.name} gave no answer in time (REQUEST_TIMEOUT)")
         except ServerError as error:
             if error.status >= 500:

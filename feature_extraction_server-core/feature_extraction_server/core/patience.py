@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-#: About how many looks a second all requests of this process take, unless each of few takes more.
+#: Where many wait, all requests of this process together take from 1 to 2 times as many looks a second.
 LOOKS_PER_S: Final = 500
 
 _lock: Final = threading.Lock()
@@ -20,7 +20,7 @@ _n_waiting = 0
 
 @contextmanager
 def counted() -> Iterator[None]:
-    """Count the calling thread's request as one that waits."""
+    """Count the calling thread's request as one that waits. Also a decorator of what waits."""
     global _n_waiting
     with _lock:
         _n_waiting += 1

@@ -5,6 +5,8 @@ The process has one socket by which the engine hands it others, one for each cal
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -97,7 +99,7 @@ class DriverProcess:
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(_END_TIMEOUT_S)
             return
-        self._process.kill()
+        os.killpg(self._process.pid, signal.SIGKILL)  # what it has started of Ray's, too
         self._process.wait()
 
 
