@@ -5,16 +5,21 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from types import ModuleType
 from typing import Any, cast
 
 import pytest
 
 from feature_extraction_server.consumers import single_thread_consumer
+from feature_extraction_server.core.cores import N_CORES
 from feature_extraction_server.core.errors import (
     DeadlineExceeded,
+    InvalidInput,
     ModelError,
     ModelLoadFailed,
     ModelUnavailable,
@@ -97,6 +102,12 @@ def ask(model: Model, *items: Any, timeout_s: float = WAIT_S) -> Any:
     job = Job(Call("echo", {"x": list(items)}, ("x",)))
     model.submit(job)
     return model.wait(job, time.monotonic() + timeout_s)
+
+
+def ask_in_parts(model: Model, rest: Callable[[], dict[str, Any]]) -> Any:
+    job = Job(Call("echo", {}, ("x",), n_items=1, rest=rest))
+    model.submit(job)
+    return model.wait(job, time.monotonic() + WAIT_S)
 
 
 def wait_for(model: Model, *states: State) -> State:
@@ -528,3 +539,106 @@ def test_a_model_at_work_is_not_idle_however_long_it_takes(
     fake.may_run.set()
     assert answer.result(WAIT_S) == [1]
     wait_for(model, State.STOPPED)
+
+
+def test_arguments_that_come_later_are_got_for_what_is_run_next_only(
+    make: Callable[..., Model], fake: Fake, pool: ThreadPoolExecutor
+) -> None:
+    options = replace(SOON, max_batch_size=2 * N_CORES)
+    model = make(options)
+    got: list[int] = []
+
+    def rest(n: int) -> dict[str, Any]:
+        got.append(n)
+        return {"x": [n]}
+
+    fake.may_run.clear()
+    running = pool.submit(ask, model, -1)
+    assert fake.called.acquire(timeout=WAIT_S)
+    n = 3 * options.max_batch_size
+    answers = [pool.submit(ask_in_parts, model, partial(rest, index)) for index in range(n)]
+    wait_until(lambda: model.status()["queue_depth"] == n)
+    wait_until(lambda: len(got) == options.max_batch_size)
+    time.sleep(0.1)
+    n_got_at_first = len(got)
+    fake.may_run.set()
+
+    assert n_got_at_first == options.max_batch_size
+    assert running.result(WAIT_S) == [-1]
+    assert [answer.result(WAIT_S) for answer in answers] == [[index] for index in range(n)]
+    assert sorted(got) == list(range(n))
+
+
+def test_who_cannot_get_the_rest_of_the_arguments_makes_room_for_the_next(
+    make: Callable[..., Model], fake: Fake, pool: ThreadPoolExecutor
+) -> None:
+    model = make(replace(SOON, max_batch_size=1))
+
+    def fail() -> dict[str, Any]:
+        raise InvalidInput("no picture")
+
+    fake.may_run.clear()
+    running = pool.submit(ask, model, -1)
+    assert fake.called.acquire(timeout=WAIT_S)
+    failing = [pool.submit(ask_in_parts, model, fail) for _ in range(3 * N_CORES)]
+    for answer in failing:
+        with pytest.raises(InvalidInput):
+            answer.result(WAIT_S)
+    good = pool.submit(ask_in_parts, model, lambda: {"x": [1]})
+    fake.may_run.set()
+
+    assert (running.result(WAIT_S), good.result(WAIT_S)) == ([-1], [1])
+    assert [1] in fake.batches
+    assert model.status()["counts"]["failures"] == 0
+
+
+def test_a_stop_answers_those_whose_arguments_nobody_asked_for(
+    make: Callable[..., Model], fake: Fake, pool: ThreadPoolExecutor
+) -> None:
+    model = make(replace(SOON, max_batch_size=1, stop_grace_period=0.05))
+    fake.may_run.clear()
+    pool.submit(ask, model, -1)
+    assert fake.called.acquire(timeout=WAIT_S)
+    n = 4 * N_CORES
+    answers = [pool.submit(ask_in_parts, model, lambda: {"x": [1]}) for _ in range(n)]
+    wait_until(lambda: model.status()["queue_depth"] == n)
+
+    model.stop()
+
+    for answer in answers:
+        with pytest.raises(ModelUnavailable, match="was stopped"):
+            answer.result(WAIT_S)
+
+
+def test_a_job_with_arguments_does_not_wait_for_one_that_still_gets_them(
+    make: Callable[..., Model], fake: Fake, pool: ThreadPoolExecutor
+) -> None:
+    model = make()
+    may_decode = threading.Event()
+
+    def rest() -> dict[str, Any]:
+        assert may_decode.wait(WAIT_S)
+        return {"x": [1]}
+
+    slow = pool.submit(ask_in_parts, model, rest)
+    wait_until(lambda: model.status()["queue_depth"] == 1)
+
+    assert ask(model, 2) == [2]
+    may_decode.set()
+    assert slow.result(WAIT_S) == [1]
+
+
+class Item:
+    """What a weak reference can be had to."""
+
+
+def test_an_idle_model_keeps_nothing_of_its_last_request(make: Callable[..., Model], fake: Fake) -> None:
+    model = make()
+    item = Item()
+    asked = weakref.ref(item)
+    ask(model, item)
+    fake.batches.clear()
+
+    del item
+
+    wait_until(lambda: asked() is None)

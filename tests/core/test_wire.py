@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import pickle
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -50,6 +52,20 @@ def cross(ends: tuple[Channel, Channel], message: Any) -> Any:
 def test_what_is_sent_arrives(ends: tuple[Channel, Channel], message: Any) -> None:
     assert cross(ends, message) == message
     assert cross(ends, "next") == "next"
+
+
+@pytest.mark.parametrize("make", [lambda: Image.new("RGB", (9, 9)), lambda: np.zeros(9)], ids=["picture", "array"])
+def test_what_was_sent_is_not_kept(ends: tuple[Channel, Channel], make: Callable[[], Any]) -> None:
+    message = {"x": make()}
+    sent = weakref.ref(message["x"])
+    gc.disable()  # it would find in the end what is kept
+    try:
+        cross(ends, message)
+        message.clear()
+
+        assert sent() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])

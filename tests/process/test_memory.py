@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import base64
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
+from PIL import Image
 
-from tests.conftest import Server
+from feature_extraction_server.core import pixels
+from feature_extraction_server.core.cores import N_CORES
+from tests.conftest import Server, encode_image
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.process
 
 MIB = 1 << 20
 CAPTION = "/api/tasks/image_captioning/models/fake_big/features"
+SLOW = "/api/models/fake_slow/tasks/image_captioning/features"
 STATUS = "/api/models/fake_big/status"
 
 
@@ -44,3 +51,45 @@ def test_a_server_without_a_loaded_model_is_small(gunicorn: Callable[..., Server
     held = sum(process.memory_info().rss for process in [master, *master.children()])
 
     assert held < 120 * MIB
+
+
+def test_pictures_that_wait_are_not_decoded_but_for_the_next_calls(gunicorn: Callable[..., Server]) -> None:
+    server = gunicorn("-w", "1", "--threads", "64", FAKE_SECONDS="0.2", MAX_BATCH_SIZE="1")
+    picture = Image.new("RGB", (3000, 2000))
+    body = {"image": encode_image(picture, "JPEG")}
+    server.post(SLOW, body).raise_for_status()
+    master = psutil.Process(server.process.pid)
+    processes = [master, *master.children(recursive=True)]
+    n = 20 * N_CORES
+    peak = 0
+
+    with ThreadPoolExecutor(n) as pool:
+        answers = [pool.submit(server.post, SLOW, body) for _ in range(n)]
+        while not all(answer.done() for answer in answers):
+            peak = max(peak, sum(process.memory_info().rss for process in processes))
+            time.sleep(0.05)
+
+    assert {answer.result().status_code for answer in answers} == {200}
+    # Decoded, each is in the web worker and in the engine.
+    assert peak < n * pixels.n_bytes(picture.size)
+
+
+def test_a_picture_is_refused_undecoded_where_the_queue_is_full(gunicorn: Callable[..., Server], picture: str) -> None:
+    server = gunicorn("--threads", "8", FAKE_SECONDS="5", MAX_QUEUE_SIZE="1", MAX_BATCH_SIZE="1")
+    no_picture = base64.b64encode(b"no picture").decode()
+
+    def has(running: int, waiting: int) -> bool:
+        status = server.get("/api/models/fake_slow/status").json()
+        return (status["running_jobs"], status["queue_depth"]) == (running, waiting)
+
+    with ThreadPoolExecutor(2) as pool:
+        running = pool.submit(server.post, SLOW, {"image": picture})
+        wait_until(lambda: has(running=1, waiting=0))
+        waiting = pool.submit(server.post, SLOW, {"image": picture})
+        wait_until(lambda: has(running=1, waiting=1))
+
+        refused = server.post(SLOW, {"image": no_picture})
+
+    assert refused.json()["code"] == "queue_full"
+    assert (running.result().status_code, waiting.result().status_code) == (200, 200)
+    assert server.post(SLOW, {"image": no_picture}).json()["code"] == "invalid_input"

@@ -307,14 +307,21 @@ class ModelFunction:
         self._is_wanted = is_wanted
 
     def __call__(self, *positional: Any, **arguments: Any) -> Any:
-        task, registry = self.__name__, self._application.registry
-        config_type = registry.config_type(self._model, task)
-        if config_type is not None and "config" in arguments:
-            arguments["config"] = check_config(config_type, arguments["config"])
-        spec = registry.spec(task)
+        spec = self._application.registry.spec(self.__name__)
         if spec is not None and not arguments[spec.batch_fields[0]]:
             return []
-        call = Call(task, arguments, spec.batch_fields if spec else (), positional)
+        return self._call(Call(self.__name__, arguments, spec.batch_fields if spec else (), positional))
+
+    def call_in_parts(
+        self, arguments: dict[str, Any], batch_fields: tuple[str, ...], n_items: int, rest: Callable[[], dict[str, Any]]
+    ) -> Any:
+        """Call the function with ``arguments`` and those that ``rest`` gives, which is called when they are needed."""
+        return self._call(Call(self.__name__, arguments, batch_fields, (), n_items, rest))
+
+    def _call(self, call: Call) -> Any:
+        config_type = self._application.registry.config_type(self._model, call.task)
+        if config_type is not None and "config" in call.arguments:
+            call.arguments["config"] = check_config(config_type, call.arguments["config"])
         return self._application.call(self._model, call, self._deadline, self._is_wanted)
 
 

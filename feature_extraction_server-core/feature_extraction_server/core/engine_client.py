@@ -45,6 +45,9 @@ MAX_RESTART_DELAY_S: Final = 30.0
 DEADLINE_MARGIN_S: Final = 0.05
 
 #: Whether the engine's function succeeded, its result or its error, ``Times`` and, where it is wanted, ``Origin``.
+#: What the engine says instead of an answer where it wants the rest of a call's arguments.
+REST_WANTED: Final = None
+
 Answer = tuple[bool, Any, tuple[float, float, int, int] | None, tuple[bytes, dict[str, str | None]] | None]
 
 
@@ -69,7 +72,8 @@ class EngineClient(ApplicationInterface):
         os.register_at_fork(after_in_child=self._forget_connections)
 
     def call(self, model: str, call: Call, deadline: float, is_wanted: Callable[[], bool]) -> Any:
-        return self._ask(("call", model, tuple(call), deadline), deadline, is_wanted)
+        request = ("call", model, tuple(call._replace(rest=None)), call.rest is not None, deadline)
+        return self._ask(request, deadline, is_wanted, call.rest)
 
     def recall(
         self, model: str, keys: Sequence[bytes], deadline: float, is_wanted: Callable[[], bool]
@@ -156,6 +160,7 @@ class EngineClient(ApplicationInterface):
         request: tuple[Any, ...],
         deadline: float | None = None,
         is_wanted: Callable[[], bool] = lambda: True,
+        rest: Callable[[], dict[str, Any]] | None = None,
     ) -> Any:
         if deadline is None:
             deadline = time.monotonic() + self.settings.request_timeout.get()
@@ -169,8 +174,12 @@ class EngineClient(ApplicationInterface):
         except OSError as error:  # out of file descriptors, say
             raise ModelUnavailable(f"the engine process cannot be reached: {error.strerror}", retry_after=1) from None
         try:
-            with waiting():
-                succeeded, answer, times, origin = self._receive(connection, give_up_at, is_wanted)
+            received: Answer | None = self._receive(connection, give_up_at, is_wanted)
+            if received is REST_WANTED and rest is not None:
+                connection.send(rest(), max(DEADLINE_MARGIN_S, give_up_at - time.monotonic()))
+                received = self._receive(connection, give_up_at, is_wanted)
+            assert received is not None  # no call has more than one rest
+            succeeded, answer, times, origin = received
         except TimeoutError:
             connection.close()
             raise self._too_late() from None
@@ -217,8 +226,9 @@ class EngineClient(ApplicationInterface):
                 connection.close()
                 raise
 
+    @waiting()
     @patience.counted()
-    def _receive(self, connection: Channel, give_up_at: float, is_wanted: Callable[[], bool]) -> Answer:
+    def _receive(self, connection: Channel, give_up_at: float, is_wanted: Callable[[], bool]) -> Any:
         while True:
             remaining = give_up_at - time.monotonic()
             interval_s = patience.look_interval_s(self._check_interval_s)
@@ -226,8 +236,7 @@ class EngineClient(ApplicationInterface):
             try:
                 if remaining < interval_s and not connection.wait_for_news(max(0, remaining)):
                     raise TimeoutError
-                answer: Answer = connection.receive()
-                return answer
+                return connection.receive()
             except TimeoutError:
                 if time.monotonic() >= give_up_at:
                     raise

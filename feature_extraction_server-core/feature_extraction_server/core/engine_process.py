@@ -15,13 +15,14 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from feature_extraction_server.core import subprocesses
 from feature_extraction_server.core.engine import Engine
-from feature_extraction_server.core.engine_client import ENGINE_MODULE, is_alive, process_start_time
-from feature_extraction_server.core.errors import ServerError
+from feature_extraction_server.core.engine_client import ENGINE_MODULE, REST_WANTED, is_alive, process_start_time
+from feature_extraction_server.core.errors import ClientDisconnected, ServerError
 from feature_extraction_server.core.jobs import Call
 from feature_extraction_server.core.settings import SettingsManager
 from feature_extraction_server.core.setup import build_engine
@@ -89,12 +90,25 @@ def _serve(connection: Channel, engine: Engine, ending: threading.Event) -> None
             send_answer(connection, (succeeded, answer, times, origin or None))
 
 
+def _receive_rest(connection: Channel) -> dict[str, Any]:
+    """Ask the web worker for the rest of a call's arguments."""
+    try:
+        connection.send(REST_WANTED)
+        rest: dict[str, Any] = connection.receive()
+        return rest
+    except (EOFError, OSError):  # it could not decode them, say, and has told its client
+        raise ClientDisconnected("the web worker has given the call up") from None
+
+
 def _answer(engine: Engine, connection: Channel, method: str, model: str, *arguments: Any) -> tuple[bool, Any]:
     try:
         if method == "call":
-            call, deadline = arguments
+            call, has_rest, deadline = arguments
+            asked = Call(*call)
+            if has_rest:
+                asked = asked._replace(rest=partial(_receive_rest, connection))
             # A web worker that waits has nothing more to say: news are that it, or its client, has gone.
-            return True, engine.call(model, Call(*call), deadline, lambda: not connection.wait_for_news(0))
+            return True, engine.call(model, asked, deadline, lambda: not connection.wait_for_news(0))
         if method == "recall":
             (keys,) = arguments
             return True, engine.recall(model, keys, 0.0, lambda: True)

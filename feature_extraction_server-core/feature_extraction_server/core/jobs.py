@@ -37,36 +37,60 @@ class Call(NamedTuple):
         arguments: its keyword arguments; those named in ``batch_fields`` are lists with one element an item.
         batch_fields: empty for a task that declares none: the call is then one item and is never joined with others.
         positional: its positional arguments, which only a task without declared fields may use.
+        n_items: how many items it has, where that is not to be seen from ``arguments``.
+        rest: gives the other arguments, such as take much memory: asked on the thread that waits for the result, when
+            the call is soon to be run. None: there are no others.
     """
 
     task: str
     arguments: dict[str, Any]
     batch_fields: tuple[str, ...] = ()
     positional: tuple[Any, ...] = ()
+    n_items: int | None = None
+    rest: Callable[[], dict[str, Any]] | None = None
 
 
 class Job:
     """A call that waits for its model, and then for its result."""
 
     def __init__(self, call: Call) -> None:
-        task, arguments, batch_fields, self.positional = call
-        self.task = task
+        self.task, self.positional = call.task, call.positional
         self.future: Future[Any] = Future()
-        self.batched = {key: value for key, value in arguments.items() if key in batch_fields}
-        self.shared = {key: value for key, value in arguments.items() if key not in batch_fields}
-        self.n_items = len(next(iter(self.batched.values()))) if self.batched else 1
+        self.rest = call.rest
+        #: Done when the rest of the arguments is wanted; None where there is no rest.
+        self.due: Future[None] | None = None if call.rest is None else Future()
+        self.is_complete = call.rest is None
+        self._batch_fields = call.batch_fields
+        self._set_arguments(call.arguments)
+        self.n_items = call.n_items or (len(next(iter(self.batched.values()))) if self.batched else 1)
         self.n_taken = 0
         self.request = current.get()
         self.origin: Origin | None = None  # where its results come from
-        self._queued = time.monotonic()
+        self._queued = self._asked = time.monotonic()
         self._began: float | None = None
         self._ended: float | None = None
         self._batch_items = 0
         self._order: list[int] | None = None  # which item the client sent where; None: as they are
-        self._joins = (task, tuple(self.batched), batch_key(self.shared)) if self.batched else None
         self._results: list[Any] = [None] * self.n_items
         self._n_missing = self.n_items
         self._counting = threading.Lock()  # several processes of a model may work on it at a time
+
+    def _set_arguments(self, arguments: dict[str, Any]) -> None:
+        self.batched = {key: value for key, value in arguments.items() if key in self._batch_fields}
+        self.shared = {key: value for key, value in arguments.items() if key not in self._batch_fields}
+        self._joins = (self.task, tuple(self.batched), batch_key(self.shared)) if self.batched else None
+
+    def ask_for_rest(self) -> None:
+        """Tell the waiter that the rest of the arguments is wanted. May be said more than once."""
+        if (due := self.due) is not None and not due.done():
+            self._asked = time.monotonic()
+            self._settle(lambda: due.set_result(None))
+
+    def complete(self, rest: dict[str, Any]) -> None:
+        """Take the rest of the arguments. What it took to get them is not the time that the job has waited."""
+        self._set_arguments(self.shared | self.batched | rest)
+        self._queued += time.monotonic() - self._asked
+        self.is_complete = True
 
     def joins(self, other: Job) -> bool:
         """Tell whether both may be answered by one call of the model's function."""
@@ -124,6 +148,8 @@ class Job:
 
     def fail(self, error: ServerError) -> None:
         """Answer the waiter with an error, unless it has an answer already."""
+        if (due := self.due) is not None:
+            self._settle(lambda: due.set_exception(error))
         self._settle(lambda: self.future.set_exception(error))
 
     def cancel(self) -> None:
@@ -182,9 +208,13 @@ class Batch:
         return all(piece.job.ended for piece in self.pieces)
 
     def run(self) -> None:
-        """Call the model's function and answer the jobs. Raises nothing, whatever the function raises."""
+        """Call the model's function and answer the jobs. Raises nothing, whatever the function raises.
+
+        Afterwards the batch has no pieces any more: a consumer that waits for the next one holds on to no pictures.
+        """
         with torch_threads.at_work():
             self._run([piece for piece in self.pieces if not piece.job.ended])
+        self.pieces = []
         current.set(None)
 
     def _run(self, pieces: list[Piece]) -> None:
@@ -251,6 +281,7 @@ class JobQueue:
 
     def __init__(self) -> None:
         self._jobs: deque[Job] = deque()
+        self._may_lack_arguments = False  # whether any job may have to be asked for its rest
 
     def __len__(self) -> int:
         return sum(not job.ended for job in self._jobs)
@@ -264,9 +295,23 @@ class JobQueue:
 
     def put(self, job: Job) -> None:
         self._jobs.append(job)
+        self._may_lack_arguments |= not job.is_complete
+
+    def ask_for_rest(self, n_items: int) -> None:
+        """Ask those jobs for the rest of their arguments that have fewer than ``n_items`` items before them."""
+        if not self._may_lack_arguments:
+            return
+        for job in self._jobs:
+            if job.ended:
+                continue
+            if n_items <= 0:
+                return
+            job.ask_for_rest()
+            n_items -= job.n_items - job.n_taken
+        self._may_lack_arguments = False
 
     def take(self, max_items: int, least_items: float = 1) -> list[Piece]:
-        """Take the first job that still has a waiter and all that joins it, ``max_items`` items at most.
+        """Take the first complete job that still has a waiter and all that joins it, ``max_items`` items at most.
 
         Where that is less than ``least_items``, nothing is taken.
 
@@ -276,7 +321,7 @@ class JobQueue:
         if least_items > max_items:
             return []
         waiting = [job for job in self._jobs if not job.ended]
-        company = self._company(waiting, max_items)
+        company = self._company([job for job in waiting if job.is_complete], max_items)
         if sum(job.n_items - job.n_taken for job in company) < least_items:
             return []
         pieces: list[Piece] = []
@@ -287,8 +332,9 @@ class JobQueue:
             job.n_taken += n
             room -= n
         self._jobs = deque(job for job in waiting if job.n_taken < job.n_items)
-        if pieces and self._jobs and self._jobs[0] is pieces[0].job:
-            self._jobs.rotate(-1)
+        if pieces and pieces[0].job.n_taken < pieces[0].job.n_items:
+            self._jobs.remove(pieces[0].job)
+            self._jobs.append(pieces[0].job)
         return pieces
 
     @staticmethod

@@ -12,12 +12,14 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import StrEnum
 from types import ModuleType
 from typing import Any, Final, Protocol
 
 from feature_extraction_server.core import patience
+from feature_extraction_server.core.cores import N_CORES
 from feature_extraction_server.core.errors import (
     ClientDisconnected,
     DeadlineExceeded,
@@ -69,6 +71,13 @@ class ModelOptions:
     load_retry_delay: float = 10
     idle_timeout: float = 0  # never
     n_replicas: int = 1
+
+    @property
+    def n_decoded_ahead(self) -> int:
+        """How many items may wait with pictures or recordings that are decoded: what is run next, and what keeps
+        every core decoding meanwhile.
+        """
+        return max(self.max_batch_size * self.n_replicas, 2 * N_CORES)
 
 
 class ModelRun:
@@ -146,7 +155,6 @@ class ModelRun:
         try:
             while (batch := self._model._next_batch(self)) is not None:
                 yield batch
-                del batch  # an idle model holds on to no client's images
         finally:
             self.end("its consumer left")
 
@@ -288,9 +296,11 @@ class Model:
                 self._n_jobs += 1
                 self._n_items += job.n_items
                 queue.put(job)
+                queue.ask_for_rest(self.options.n_decoded_ahead)
             if accepted and queue is not self._next_queue:
                 self._current_run().jobs.add(job)
-                self._changed.notify_all()
+                if job.is_complete:
+                    self._changed.notify_all()
         self._launch(run)
         if not accepted:
             raise QueueFull(
@@ -301,7 +311,7 @@ class Model:
 
     @patience.counted()
     def wait(self, job: Job, deadline: float, is_wanted: Callable[[], bool] = lambda: True) -> Any:
-        """Return the job's result as soon as it is there.
+        """Return the job's result as soon as it is there. The rest of its arguments is got on this thread.
 
         Args:
             deadline: when to give up, on the clock of ``time.monotonic()``.
@@ -310,18 +320,13 @@ class Model:
         Raises:
             DeadlineExceeded: no result by then; what is left of the job is not run.
             ClientDisconnected: nobody waits for it; what is left of the job is not run.
-            ServerError: the job failed, or the model.
+            ServerError: the job failed, or the model; or what ``rest`` of the job's call raised.
         """
         try:
-            while (remaining := deadline - time.monotonic()) > 0:
-                interval_s = patience.look_interval_s(self.options.result_check_interval)
-                try:
-                    return job.future.result(timeout=min(interval_s, remaining))
-                except TimeoutError:
-                    self.notice_dead_consumer()
-                    if not is_wanted():
-                        raise ClientDisconnected("the client has gone") from None
-            raise DeadlineExceeded(f"the model {self.name} gave no answer in time (REQUEST_TIMEOUT)")
+            if job.due is not None and job.rest is not None:
+                self._wait_for(job.due, deadline, is_wanted)
+                self._complete(job, job.rest())
+            return self._wait_for(job.future, deadline, is_wanted)
         except ServerError as error:
             if error.status >= 500:
                 with self._changed:
@@ -330,6 +335,22 @@ class Model:
         finally:
             job.cancel()
             self._forget(job)
+
+    def _wait_for(self, future: Future[Any], deadline: float, is_wanted: Callable[[], bool]) -> Any:
+        while (remaining := deadline - time.monotonic()) > 0:
+            interval_s = patience.look_interval_s(self.options.result_check_interval)
+            try:
+                return future.result(timeout=min(interval_s, remaining))
+            except TimeoutError:
+                self.notice_dead_consumer()
+                if not is_wanted():
+                    raise ClientDisconnected("the client has gone") from None
+        raise DeadlineExceeded(f"the model {self.name} gave no answer in time (REQUEST_TIMEOUT)")
+
+    def _complete(self, job: Job, rest: dict[str, Any]) -> None:
+        with self._changed:
+            job.complete(rest)
+            self._changed.notify_all()
 
     def wait_for_state(self, states: Iterable[State], deadline: float) -> State:
         """Wait until the model is in one of ``states``, and return which.
@@ -469,6 +490,7 @@ class Model:
         with self._changed:
             while not run.ended:
                 if pieces := run.queue.take(self.options.max_batch_size, run.least_items()):
+                    run.queue.ask_for_rest(self.options.n_decoded_ahead)
                     return Batch(self.name, run.module, pieces, self._measure, run.origin)
                 if all(job.ended for job in run.jobs):
                     if self._state is State.RUNNING and self._idle_seconds_left() <= 0:
@@ -585,6 +607,7 @@ class Model:
             self._last_used = time.monotonic()
             if self._run is not None:
                 self._run.jobs.discard(job)
+                self._run.queue.ask_for_rest(self.options.n_decoded_ahead)
 
     @staticmethod
     def _fail(jobs: Iterable[Job], error: ServerError) -> None:

@@ -17,7 +17,7 @@ a list of them in batch mode.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from hashlib import blake2b
@@ -218,6 +218,7 @@ class TaskSpec:
         self.output: Final = output
         self.example: Final = example
         self.batch_fields: Final = tuple(key for key, field in self.inputs.items() if field.batch)
+        self._media_fields = tuple(key for key, field in self.inputs.items() if isinstance(field, MediaField))
         self._postprocess = postprocess
         if not self.batch_fields:
             raise ValueError("a task needs at least one batch field")
@@ -230,25 +231,40 @@ class TaskSpec:
     def wrap(self, func: Callable[..., list[Any]]) -> Callable[..., Any]:
         """Turn a model's batch function into the task's public function.
 
-        ``func`` may carry attributes ``limits`` and ``cached`` (a ``CachedRequest``). The public function raises
-        InvalidInput or TooLarge for what the client got wrong, ModelError where ``func`` broke the task's contract, and
-        whatever ``func`` raises.
+        ``func`` may carry attributes ``limits``, ``cached`` (a ``CachedRequest``) and ``call_in_parts``, which calls it
+        with pictures and recordings that are decoded only when they are needed. The public function raises InvalidInput
+        or TooLarge for what the client got wrong, ModelError where ``func`` broke the task's contract, and whatever
+        ``func`` raises.
         """
         limits = getattr(func, "limits", Limits())
         cached: CachedRequest | None = getattr(func, "cached", None)
+        call_in_parts = getattr(func, "call_in_parts", None)
 
-        def compute(payload: Mapping[str, Any], places: Sequence[int] | None = None) -> list[Any]:
-            arguments = self._decode(payload, limits, places)
-            n_items = len(arguments[self.batch_fields[0]])
-            return self._finish(func(**arguments), arguments, n_items) if n_items else []
+        def compute(payload: Mapping[str, Any], places: Sequence[int]) -> list[Any]:
+            may_wait = places and call_in_parts is not None
+            later = [key for key in self._media_fields if may_wait and payload.get(key) is not None]
+            arguments = self._decode(payload, [key for key in self.inputs if key not in later], limits, places)
+
+            def rest() -> dict[str, Any]:
+                decoded = self._decode(payload, later, limits, places)
+                arguments.update(decoded)
+                return decoded
+
+            if not places:
+                return []
+            if later and call_in_parts is not None:
+                results = call_in_parts(dict(arguments), self.batch_fields, len(places), rest)
+            else:
+                results = func(**arguments)
+            return self._finish(results, arguments, len(places))
 
         def run(**payload: Any) -> Any:
             self._check_keys(payload)
+            places = range(self._count_items(payload, limits))
+            payload = self._with_files(payload, limits)
             if cached is None:
-                results = compute(payload)
+                results = compute(payload, places)
             else:
-                self._count_items(payload, limits)
-                payload = dict(self._with_files(payload, limits))
                 keys = self._keys(func.__name__, payload, limits)
                 results = cached.complete(keys, partial(compute, payload))
             return results if is_batch(self, payload) else results[0]
@@ -322,19 +338,16 @@ class TaskSpec:
         return [digest.digest() for digest in hashes]
 
     def _decode(
-        self, payload: Mapping[str, Any], limits: Limits, places: Sequence[int] | None = None
+        self, payload: Mapping[str, Any], keys: Iterable[str], limits: Limits, places: Sequence[int]
     ) -> dict[str, Any]:
-        """Decode every field; batch fields become lists of one length (a single value stands for all items).
+        """Decode fields; batch fields become lists of one length (a single value stands for all items).
 
         Args:
-            places: of which items; None: of all.
+            places: of which items.
         """
-        if places is None:
-            places = range(self._count_items(payload, limits))
-        payload = self._with_files(payload, limits)
         arguments: dict[str, Any] = {}
-        for key, field in self.inputs.items():
-            value = payload.get(key)
+        for key in keys:
+            value, field = payload.get(key), self.inputs[key]
             if value is None and not isinstance(field, ConfigField):
                 continue
             if not field.batch:
@@ -345,24 +358,23 @@ class TaskSpec:
                 arguments[key] = [field.decode(value, key, limits)] * len(places)
         return arguments
 
-    def _with_files(self, payload: Mapping[str, Any], limits: Limits) -> Mapping[str, Any]:
-        """Put files in the place of their URLs."""
-        urls: dict[str, str] = {}
-        for key, field in self.inputs.items():
-            if isinstance(field, MediaField):
-                value = payload.get(key)
-                items = (
-                    {f"{key}[{i}]": item for i, item in enumerate(value)} if isinstance(value, list) else {key: value}
-                )
-                urls |= {place: item for place, item in items.items() if is_url(item)}
-        if not urls:
-            return payload
-        files = limits.urls.fetch_all(urls)
-        return {
-            key: [files.get(f"{key}[{i}]", item) for i, item in enumerate(value)]
-            if isinstance(value, list)
-            else files.get(key, value)
-            for key, value in payload.items()
+    def _with_files(self, payload: dict[str, Any], limits: Limits) -> dict[str, Any]:
+        """Put files' bytes in the place of their base64 and of their URLs."""
+        items: dict[str, Any] = {}
+        for key in self._media_fields:
+            value = payload.get(key)
+            if isinstance(value, list):
+                items |= {f"{key}[{i}]": item for i, item in enumerate(value)}
+            elif value is not None:
+                items[key] = value
+        urls = {place: item for place, item in items.items() if is_url(item)}
+        if urls:
+            items |= limits.urls.fetch_all(urls)
+        files = {place: media.file_of(_file(item, place), place) for place, item in items.items()}
+        return payload | {
+            key: [files[f"{key}[{i}]"] for i in range(len(value))] if isinstance(value, list) else files[key]
+            for key in self._media_fields
+            if (value := payload.get(key)) is not None
         }
 
     def _count_items(self, payload: Mapping[str, Any], limits: Limits) -> int:

@@ -250,12 +250,12 @@ class _Pickler(pickle.Pickler):
     """Leaves large arrays' buffers and all pictures out of the pickle, in the order in which they are to follow it."""
 
     def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file, protocol=5, buffer_callback=self._keep)
-        self.arrays: list[memoryview] = []
+        arrays: list[memoryview] = []
+        # Not a method of its own: a pickler that knows itself would keep all that it has seen until the garbage is
+        # looked for.
+        super().__init__(file, protocol=5, buffer_callback=lambda buffer: arrays.append(buffer.raw()))
+        self.arrays = arrays
         self.pictures: list[Image.Image] = []
-
-    def _keep(self, buffer: pickle.PickleBuffer) -> None:
-        self.arrays.append(buffer.raw())
 
     def reducer_override(self, obj: Any) -> Any:
         # A picture that was opened from a file is of the format's own class; only its pixels are to cross.
