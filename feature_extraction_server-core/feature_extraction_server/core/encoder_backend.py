@@ -133,7 +133,7 @@ def _export(encoder: Any, output: str, path: Path) -> None:
 
 
 def _session(path: Path) -> Any:
-    import onnxruntime  # type: ignore[import-untyped]
+    import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch_threads.share()

@@ -101,7 +101,7 @@ def _count_requests(application: ApplicationInterface) -> tuple[Callable[[Respon
         # The library itself would decide when it is first imported, and for the whole process.
         directory.mkdir(exist_ok=True)
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory)
-        values.ValueClass = values.MultiProcessValue()
+        values.ValueClass = values.MultiProcessValue()  # type: ignore[no-untyped-call]
         collected.register(_OfAllWorkers(directory))
     labels = ("method", "route", "task", "model", "status")
     requests = Counter("fes_requests", "Requests that were answered", labels, registry=own)

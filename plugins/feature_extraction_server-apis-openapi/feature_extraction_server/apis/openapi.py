@@ -97,7 +97,7 @@ def describe_routes(application_interface: ApplicationInterface) -> dict[str, An
     document_answer = json_response("An OpenAPI 3.1 document", {"type": "object"})
     html = {"description": "An HTML page", "content": {"text/html": {"schema": {"type": "string"}}}}
     name = path_parameter("name", "The file's name", [*_UI_FILES, "start.js"])
-    content = {kind: {} for kind in ("text/css", "text/javascript", "image/png")}
+    content: JsonObject = {kind: {} for kind in ("text/css", "text/javascript", "image/png")}
     file = operation(
         "A file of Swagger UI",
         tag=TAG,
@@ -128,7 +128,7 @@ def document(application: ApplicationInterface) -> JsonObject:
                 if tag not in tags:
                     api_tags.setdefault(tag, (inspect.getdoc(api) or "").partition("\n")[0])
     _add_access_errors(paths, application)
-    security = {"security": [{"api_key": []}]} if application.settings.api_keys() else {}
+    security: JsonObject = {"security": [{"api_key": []}]} if application.settings.api_keys() else {}
     return {
         "openapi": "3.1.0",
         "info": {

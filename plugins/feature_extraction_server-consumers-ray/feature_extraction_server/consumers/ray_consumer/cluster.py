@@ -158,10 +158,14 @@ class Cluster:
     def watch(self, model: str, tell: Callable[[list[dict[str, Any]]], None]) -> None:
         """Tell the replicas whenever there are others, until the model is no longer on the cluster, or let go of."""
         app = self._apps[model]
-        told = None
+        told: list[dict[str, Any]] | None = None
+
+        def has_news() -> bool:
+            return app.gone or app.replicas != told
+
         while not app.gone:
             with app.changed:
-                app.changed.wait_for(lambda known=told: app.gone or app.replicas != known, _POLL_S)
+                app.changed.wait_for(has_news, _POLL_S)
                 replicas = app.replicas
             if replicas != told and not app.gone:
                 tell(replicas)
@@ -406,8 +410,10 @@ class Cluster:
                 continue
             for app in list(self._apps.values()):
                 details = found.get(app.name)
-                deleted = details is None or _word(details["status"]) == "deleting"
-                app.take(None if deleted else details["deployments"].get(DEPLOYMENT))
+                if details is None or _word(details["status"]) == "deleting":
+                    app.take(None)
+                else:
+                    app.take(details["deployments"].get(DEPLOYMENT))
 
     def _details(self) -> dict[str, Any]:
         import ray

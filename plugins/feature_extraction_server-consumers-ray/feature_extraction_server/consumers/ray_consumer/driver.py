@@ -52,7 +52,8 @@ def _serve(channel: Channel, cluster: Cluster) -> None:
                 continue
             method, *arguments = message
             if method == "watch":
-                cluster.watch(*arguments, channel.send)
+                (model,) = arguments
+                cluster.watch(model, channel.send)
                 channel.send(None)
                 return
             send_answer(channel, _answer(cluster, channel, method, *arguments))
@@ -74,10 +75,13 @@ def _answer(cluster: Cluster, channel: Channel, method: str, *arguments: Any) ->
 
     try:
         if method == "call":
-            return cluster.call(*arguments, is_wanted=is_wanted)
+            model, function, positional, keywords, id = arguments
+            return cluster.call(model, function, positional, keywords, id, is_wanted)
         if method == "start":
-            return True, cluster.start(*arguments, is_wanted=is_wanted)
-        return True, cluster.stop(*arguments)
+            model, grace_s = arguments
+            return True, cluster.start(model, grace_s, is_wanted)
+        cluster.stop(*arguments)
+        return True, None
     except ServerError as error:
         return False, error.with_traceback(None)
     except (EOFError, OSError):

@@ -53,7 +53,9 @@ class Replica:
         getattr(self._module, "add_settings", lambda manager: None)(manager)
         manager.check()
         self._module.load_model()
-        self._provenance = importlib.import_module(f"{core}.provenance").provenance_of(self._module)
+        self._provenance: dict[str, str | None] = importlib.import_module(f"{core}.provenance").provenance_of(
+            self._module
+        )
         self._torch_threads = importlib.import_module(f"{core}.torch_threads")
         self._wire = importlib.import_module(f"{core}.wire")
         self._errors = importlib.import_module(f"{core}.errors")
