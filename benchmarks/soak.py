@@ -232,6 +232,13 @@ def wait_until_ready(server: subprocess.Popen[bytes], address: str) -> None:
     raise TimeoutError(f"the server did not come up (exit status {server.poll()})")
 
 
+def wait_until_all_answered(record: Record, models: list[str]) -> None:
+    """Wait until all models are loaded: what the processes grow by until then is not to be measured."""
+    give_up_at = time.monotonic() + CLIENT_TIMEOUT_S
+    while time.monotonic() < give_up_at and not all(record.outcomes.get(model, {}).get(RIGHT) for model in models):
+        time.sleep(0.02)
+
+
 def soak(minutes: float, n_workers: int, n_clients: int) -> Record:
     """Put a server under load for ``minutes``, end it, and return what was seen."""
     record, ended, requests = Record(), threading.Event(), all_requests()
@@ -243,8 +250,12 @@ def soak(minutes: float, n_workers: int, n_clients: int) -> Record:
         ]
         threads.append(threading.Thread(target=operate, args=(address, models, record, ended)))
         threads.append(threading.Thread(target=sample, args=(master, record, ended)))
-        for thread in threads:
-            thread.start()
+        *clients, operator, sampler = threads
+        for client in clients:
+            client.start()
+        wait_until_all_answered(record, models)
+        operator.start()
+        sampler.start()
         ended.wait(60 * minutes)
         ended.set()
         for thread in threads:

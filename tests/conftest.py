@@ -36,7 +36,7 @@ from feature_extraction_server.core.settings import SettingsManager  # noqa: E40
 from feature_extraction_server.core.setup import build_engine  # noqa: E402
 from feature_extraction_server.flask.app import create_app  # noqa: E402
 
-START_TIMEOUT_S = 60
+START_TIMEOUT_S = 120
 #: Folders of tests, those with the longest files first: what begins last should end soon.
 LONGEST_FIRST = ("process", "browser", "packaging", "docs", "plugins", "http", "client", "core")
 
@@ -67,7 +67,7 @@ def quick_garbage_collection() -> None:
 def nothing_left_behind(lasting_process: psutil.Process | None) -> Iterator[None]:
     """Fail a test that leaves a consumer thread or a child process."""
     yield
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
         threads = [thread.name for thread in threading.enumerate() if thread.name.startswith("consumer-")]
         if not threads and not _has_children():
@@ -156,10 +156,10 @@ class Server:
                 time.sleep(0.02)
         raise AssertionError(f"the server did not come up (exit status {self.process.poll()}):\n{self.log()}")
 
-    def post(self, path: str, json: Any, timeout: float = 60) -> requests.Response:
+    def post(self, path: str, json: Any, timeout: float = 120) -> requests.Response:
         return requests.post(self.url + path, json=json, timeout=timeout)
 
-    def get(self, path: str, timeout: float = 60) -> requests.Response:
+    def get(self, path: str, timeout: float = 120) -> requests.Response:
         return requests.get(self.url + path, timeout=timeout)
 
     def log(self) -> str:

@@ -16,7 +16,7 @@ from feature_extraction_server.core.engine import Engine
 from feature_extraction_server.flask.app import create_app
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-WAIT_MS = 20_000
+WAIT_MS = 60_000
 ARGUMENTS = [
     "--no-sandbox",  # which root may not use
     "--use-fake-device-for-media-stream",  # a microphone that beeps

@@ -26,7 +26,10 @@ trap 'test -z "${SERVER:-}" || { kill "$SERVER"; wait "$SERVER"; }' EXIT
 serve() {
     "$@" >"$HARNESS/server.log" 2>&1 &
     SERVER=$!
-    until fes tasks >/dev/null 2>&1; do kill -0 "$SERVER" || { cat "$HARNESS/server.log"; exit 1; }; done
+    until (: <"/dev/tcp/$HARNESS_ADDRESS") 2>/dev/null && fes tasks >/dev/null 2>&1; do
+        kill -0 "$SERVER" || { cat "$HARNESS/server.log"; exit 1; }
+        sleep 0.05
+    done
 }
 """
 
@@ -95,12 +98,14 @@ def follow(tmp_path: Path) -> str:
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "HOME": str(tmp_path),
         "HARNESS": str(harness),
+        "HARNESS_ADDRESS": f"127.0.0.1/{port}",
         "FES_URL": f"http://127.0.0.1:{port}",
         "PIP_CONFIG_FILE": os.devnull,
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
         "PIP_NO_BUILD_ISOLATION": "0",
         "PIP_NO_DEPS": "1",  # they are there, and pip would look for seconds among all the others
         "PIP_NO_INDEX": "1",
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # those of this environment are not the reader's
         "TERM": "dumb",
     }
     commands = script(harness).replace(" :5000", f" 127.0.0.1:{port}").replace("localhost:5000", f"127.0.0.1:{port}")

@@ -5,12 +5,14 @@ That a server answers afterwards is shown in tests/process, where all of the tab
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 from flask.testing import FlaskClient
 
 from feature_extraction_server.core.engine import Engine
+from feature_extraction_server.core.settings import SettingsManager
+from feature_extraction_server.core.setup import build_engine
 from feature_extraction_server.flask.app import create_app
 from tests.http.bad_requests import BAD_REQUESTS, CAPTION, PNG, SETTINGS, BadRequest, faults
 
@@ -20,10 +22,31 @@ def client(build: Callable[..., Engine]) -> FlaskClient:
     return create_app(build(**SETTINGS)).test_client()
 
 
+@pytest.fixture(scope="module")
+def shared_engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """An engine for all of the table: its requests change nothing there."""
+    folder = tmp_path_factory.mktemp("engine")
+    engine = build_engine(SettingsManager({"LOG_PATH": str(folder / "log.txt")} | SETTINGS, folder / ".env"))
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def shared_client(shared_engine: Engine) -> FlaskClient:
+    return create_app(shared_engine).test_client()
+
+
+@pytest.fixture
+def refusing(shared_client: FlaskClient, shared_engine: Engine) -> Iterator[FlaskClient]:
+    """A client of the shared engine. A model that decodes a request's pictures is stopped again."""
+    yield shared_client
+    shared_engine.stop("fake_echo", wait=True)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("bad", [pytest.param(request, id=request.name) for request in BAD_REQUESTS])
-def test_bad_request_is_told_what_is_wrong(client: FlaskClient, bad: BadRequest) -> None:
-    answer = client.open(bad.path, method=bad.method, data=bad.body, content_type=bad.content_type)
+def test_bad_request_is_told_what_is_wrong(refusing: FlaskClient, bad: BadRequest) -> None:
+    answer = refusing.open(bad.path, method=bad.method, data=bad.body, content_type=bad.content_type)
 
     assert faults(bad, answer.status_code, answer.content_type, answer.data) == []
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dev_server import ROOT
+from tests.packaging.conftest import Environment
 
 TOOLS = ("ruff", "hadolint", "shellcheck", "jactionlint", "mypy", "python")
 
@@ -87,6 +88,24 @@ def test_setup_refuses_an_old_python(checkout: Path) -> None:
 
     assert done.returncode != 0
     assert not (checkout / ".venv" / ".installed").exists()
+
+
+@pytest.mark.packaging
+def test_packages_are_installed_by_uv_from_where_pip_is_told_to_and_by_pip_where_uv_cannot(
+    environment: Environment,
+) -> None:
+    script = str(ROOT / ".ci" / "install.py")
+
+    write_script(environment.bin / "uv", 'echo "$*, from $UV_INDEX and $UV_FIND_LINKS"')
+    by_uv = environment.run(
+        *("python", script, "--no-deps", "some"), PIP_EXTRA_INDEX_URL="file:///a file:///b", PIP_FIND_LINKS="/c /d"
+    )
+    write_script(environment.bin / "uv", "exit 1")
+    by_pip = environment.run("python", script, "pip")  # which is there
+
+    expected = f"pip install --quiet --python {environment.python} --no-deps some, from file:///a file:///b and /c,/d"
+    assert by_uv == expected
+    assert by_pip == "uv could not install it: pip is asked to"
 
 
 def find(program: str, checkout: Path, user: int, **programs: str) -> subprocess.CompletedProcess[str]:

@@ -22,7 +22,7 @@ from tests.plugins.asking import Ask
 def nothing_left_behind() -> Iterator[None]:
     """Fail a module that leaves a consumer thread; within one, the engine with the loaded models is shared."""
     yield
-    give_up_at = time.monotonic() + 10
+    give_up_at = time.monotonic() + 30
     while left := [thread for thread in threading.enumerate() if thread.name.startswith("consumer-")]:
         assert time.monotonic() < give_up_at, f"left behind: {left}"
         left[0].join(0.1)

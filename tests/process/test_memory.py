@@ -70,8 +70,8 @@ def test_pictures_that_wait_are_not_decoded_but_for_the_next_calls(gunicorn: Cal
             time.sleep(0.05)
 
     assert {answer.result().status_code for answer in answers} == {200}
-    # Decoded, each is in the web worker and in the engine.
-    assert peak < n * pixels.n_bytes(picture.size)
+    # Decoded, each would be in the web worker and in the engine: twice as much, and the processes themselves.
+    assert peak < 1.5 * n * pixels.n_bytes(picture.size)
 
 
 def test_a_picture_is_refused_undecoded_where_the_queue_is_full(gunicorn: Callable[..., Server], picture: str) -> None:

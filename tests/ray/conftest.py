@@ -53,7 +53,7 @@ def nothing_left_behind() -> Iterator[None]:
     """Fail a test that leaves a process, but those of the cluster and of the servers that outlive it."""
     before = set(psutil.Process().children(recursive=True))
     yield
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 45
     while time.monotonic() < deadline:
         theirs = {process for one in RayCluster.open_ones for process in one.processes()}
         theirs |= {process for server in lasting for process in [server, *server.children(recursive=True)]}

@@ -42,7 +42,7 @@ def test_without_an_address_a_cluster_is_started_that_ends_with_the_engine(
 
     os.kill(engine.pid if ended_by == signal.SIGKILL else server.process.pid, ended_by)
 
-    _, left = psutil.wait_procs(cluster, 20)
+    _, left = psutil.wait_procs(cluster, 60)
     assert left == []
     assert folders() <= before
 

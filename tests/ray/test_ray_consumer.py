@@ -146,7 +146,7 @@ def test_a_node_that_lacks_the_plugin_is_named_and_keeps_what_was_shipped_when_t
 
     assert ask(first, ECHO).status_code == 200
     assert replicas(first, "fake_echo") == [replica]
-    assert psutil.wait_procs(drivers, 20)[1] == []
+    assert psutil.wait_procs(drivers, 60)[1] == []
     psutil.Process(replica["pid"]).kill()
     wait_until(lambda: ask(first, ECHO).status_code == 200, "the replica that comes in its place")
     wait_until(lambda: bool(pids(first, "fake_echo") - {replica["pid"]}), "its number")
