@@ -235,7 +235,7 @@ def wait_until_ready(server: subprocess.Popen[bytes], address: str) -> None:
 def wait_until_all_answered(record: Record, models: list[str]) -> None:
     """Wait until all models are loaded: what the processes grow by until then is not to be measured."""
     give_up_at = time.monotonic() + CLIENT_TIMEOUT_S
-    while time.monotonic() < give_up_at and not all(record.outcomes.get(model, {}).get(RIGHT) for model in models):
+    while time.monotonic() < give_up_at and not all(record.outcomes.get(model, Counter())[RIGHT] for model in models):
         time.sleep(0.02)
 
 
