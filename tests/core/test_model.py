@@ -104,8 +104,8 @@ def ask(model: Model, *items: Any, timeout_s: float = WAIT_S) -> Any:
     return model.wait(job, time.monotonic() + timeout_s)
 
 
-def ask_in_parts(model: Model, rest: Callable[[], dict[str, Any]]) -> Any:
-    job = Job(Call("echo", {}, ("x",), n_items=1, rest=rest))
+def ask_in_parts(model: Model, rest: Callable[[], dict[str, Any]], n_items: int = 1) -> Any:
+    job = Job(Call("echo", {}, ("x",), n_items=n_items, rest=rest))
     model.submit(job)
     return model.wait(job, time.monotonic() + WAIT_S)
 
@@ -610,7 +610,7 @@ def test_a_stop_answers_those_whose_arguments_nobody_asked_for(
             answer.result(WAIT_S)
 
 
-def test_a_job_with_arguments_does_not_wait_for_one_that_still_gets_them(
+def test_a_small_job_does_not_wait_for_a_large_one_that_still_gets_its_arguments(
     make: Callable[..., Model], fake: Fake, pool: ThreadPoolExecutor
 ) -> None:
     model = make()
@@ -618,14 +618,16 @@ def test_a_job_with_arguments_does_not_wait_for_one_that_still_gets_them(
 
     def rest() -> dict[str, Any]:
         assert may_decode.wait(WAIT_S)
-        return {"x": [1]}
+        return {"x": [1] * n}
 
-    slow = pool.submit(ask_in_parts, model, rest)
+    n = 10 * model.options.n_decoded_ahead
+    large = pool.submit(ask_in_parts, model, rest, n)
     wait_until(lambda: model.status()["queue_depth"] == 1)
 
     assert ask(model, 2) == [2]
+    assert ask_in_parts(model, lambda: {"x": [3]}) == [3]
     may_decode.set()
-    assert slow.result(WAIT_S) == [1]
+    assert large.result(WAIT_S) == [1] * n
 
 
 class Item:

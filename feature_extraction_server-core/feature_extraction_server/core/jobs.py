@@ -298,16 +298,20 @@ class JobQueue:
         self._may_lack_arguments |= not job.is_complete
 
     def ask_for_rest(self, n_items: int) -> None:
-        """Ask those jobs for the rest of their arguments that have fewer than ``n_items`` items before them."""
+        """Ask those jobs for the rest of their arguments that have fewer than ``n_items`` items before them.
+
+        A job counts for a quarter of them at most: a large one is decoded for long, and must keep no small one waiting.
+        """
         if not self._may_lack_arguments:
             return
+        most_of_one = max(1, n_items // 4)
         for job in self._jobs:
             if job.ended:
                 continue
             if n_items <= 0:
                 return
             job.ask_for_rest()
-            n_items -= job.n_items - job.n_taken
+            n_items -= min(job.n_items - job.n_taken, most_of_one)
         self._may_lack_arguments = False
 
     def take(self, max_items: int, least_items: float = 1) -> list[Piece]:
