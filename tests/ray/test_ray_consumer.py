@@ -111,6 +111,13 @@ def test_a_stop_on_one_server_is_seen_by_all_and_requests_to_any_start_the_model
     assert pids_of_fragile(second) == after
 
 
+def test_a_model_that_may_be_without_a_replica_gets_one_when_it_is_asked(serving: ServeUntil) -> None:
+    with serving(RAY_APP_PREFIX="from_zero", RAY_MIN_REPLICAS_FAKE_FLAKY="0") as server:
+        assert ask(server, FLAKY).status_code == 200
+        assert len(replicas(server, "fake_flaky")) == 1
+        stop_model(server, "fake_flaky")
+
+
 def test_where_no_node_has_room_the_503_says_what_was_asked_for_and_what_there_is(second: Server) -> None:
     wait_until(lambda: has_state(second, "fake_flaky", "failed"))
 
