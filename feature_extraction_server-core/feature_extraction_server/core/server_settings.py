@@ -190,7 +190,7 @@ class ServerSettings:
                 type=int,
                 default=defaults.max_batch_size,
                 minimum=1,
-                description="Items that one call of a model may have",
+                description="Items that one call of a model may have; about as many wait decoded",
             ),
             "stop_grace_period": add(
                 name="STOP_GRACE_PERIOD",
