@@ -9,10 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pip._internal.models.index import PyPI  # pip's own default, which nothing public tells
+
 #: How uv calls what may be set for pip, and what it has between the values of a list.
 VARIABLES = {
-    "index-url": ("UV_DEFAULT_INDEX", " "),
     "extra-index-url": ("UV_INDEX", " "),
+    "constraint": ("UV_CONSTRAINT", " "),
     "find-links": ("UV_FIND_LINKS", ","),
     "cert": ("SSL_CERT_FILE", " "),
 }
@@ -28,10 +30,14 @@ def settings_of_pip() -> dict[str, str]:
 def main(arguments: list[str]) -> int:
     # Of all indexes the newest release, as pip does; not of the first one alone.
     environment = {"UV_INDEX_STRATEGY": "unsafe-best-match"}
-    for name, value in settings_of_pip().items():
-        if name in VARIABLES:
-            variable, between = VARIABLES[name]
-            environment[variable] = between.join(value.split())
+    settings = settings_of_pip()
+    # Where several indexes have one release, uv sees the files of the first alone: those of the main one are complete.
+    main_index = settings.get("index-url") or PyPI.simple_url
+    environment["UV_DEFAULT_INDEX"] = main_index
+    settings["extra-index-url"] = f"{main_index} {settings.get('extra-index-url', '')}"
+    for name, (variable, between) in VARIABLES.items():
+        if name in settings:
+            environment[variable] = between.join(settings[name].split())
     uv = [str(Path(sys.executable).with_name("uv")), "pip", "install", "--quiet", "--python", sys.executable]
     if subprocess.run([*uv, *arguments], env=environment | os.environ, check=False).returncode == 0:
         return 0

@@ -161,7 +161,7 @@ def install(name: str) -> None:
     """Make the virtual environment of one server, or bring it up to date.
 
     Raises:
-        Failed: pip could not install what the server needs.
+        Failed: what the server needs could not be installed.
     """
     folder = venv_of(name)
     name = folder.name
@@ -176,10 +176,12 @@ def install(name: str) -> None:
     say(f"installing {name}")
     if not (folder / "bin" / "python").exists():
         venv.create(folder, with_pip=True)
-    command = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "-r", str(requirements)]
-    finished = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
-    if finished.returncode:
-        raise Failed(f"cannot be installed: {last_line(finished.stderr)}")
+    python = str(folder / "bin" / "python")
+    get_uv = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "uv"]
+    for command in (get_uv, [python, ".ci/install.py", "-r", str(requirements)]):
+        finished = subprocess.run(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        if finished.returncode:
+            raise Failed(f"cannot be installed: {last_line(finished.stderr)}")
     stamp.write_text(fingerprint)
 
 

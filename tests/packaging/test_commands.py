@@ -96,15 +96,21 @@ def test_packages_are_installed_by_uv_from_where_pip_is_told_to_and_by_pip_where
 ) -> None:
     script = str(ROOT / ".ci" / "install.py")
 
-    write_script(environment.bin / "uv", 'echo "$*, from $UV_INDEX and $UV_FIND_LINKS"')
+    write_script(environment.bin / "uv", 'echo "$*, from $UV_INDEX and $UV_FIND_LINKS, with $UV_CONSTRAINT"')
     by_uv = environment.run(
-        *("python", script, "--no-deps", "some"), PIP_EXTRA_INDEX_URL="file:///a file:///b", PIP_FIND_LINKS="/c /d"
+        *("python", script, "--no-deps", "some"),
+        PIP_INDEX_URL="file:///main",
+        PIP_EXTRA_INDEX_URL="file:///a file:///b",
+        PIP_FIND_LINKS="/c /d",
+        PIP_CONSTRAINT="/e",
     )
     write_script(environment.bin / "uv", "exit 1")
     by_pip = environment.run("python", script, "pip")  # which is there
 
-    expected = f"pip install --quiet --python {environment.python} --no-deps some, from file:///a file:///b and /c,/d"
-    assert by_uv == expected
+    assert by_uv == (
+        f"pip install --quiet --python {environment.python} --no-deps some, "
+        "from file:///main file:///a file:///b and /c,/d, with /e"
+    )
     assert by_pip == "uv could not install it: pip is asked to"
 
 
