@@ -9,7 +9,7 @@ from tests.conftest import Server
 
 
 def address(server: Server) -> tuple[str, int]:
-    host, _, port = server.url.removeprefix("http://").partition(":")
+    host, _, port = server.url.partition("://")[2].partition(":")
     return host, int(port)
 
 

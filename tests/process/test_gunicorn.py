@@ -9,17 +9,20 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
 import pytest
 import requests
+import trustme
 from PIL import Image
 
-from tests.conftest import Server, encode_image, free_port, server_environment
+from dev_server import ROOT
+from tests.conftest import Server, encode_image, free_port, gunicorn_command, server_environment
 from tests.http.bad_requests import CAPTION, PNG
-from tests.process.raw_http import connect, post
+from tests.process.raw_http import connect, post, read_answer
 from tests.waiting import at_once, wait_until
 
 pytestmark = pytest.mark.process
@@ -28,6 +31,7 @@ StartServer = Callable[..., Server]
 
 THREADS = ("--preload", "--worker-class", "gthread", "--threads", "72")
 SLOW = "/api/tasks/image_captioning/models/fake_slow/features"
+ECHO = "/api/tasks/image_captioning/models/fake_echo/features"
 GOOD = json.dumps({"image": PNG}).encode()
 
 
@@ -64,6 +68,49 @@ def test_requests_that_stall_do_not_block_others(gunicorn: StartServer) -> None:
     for connection in stalled:
         connection.close()
     assert answer.ok
+
+
+def test_clients_that_do_not_close_their_connections_keep_nobody_waiting(gunicorn: StartServer) -> None:
+    server = gunicorn("-c", str(ROOT / "gunicorn.conf.py"))
+    with ExitStack() as kept_open:
+        connections = [kept_open.enter_context(connect(server)) for _ in range(30)]
+        for index, connection in enumerate(connections):
+            header = b"Connection: close" if index % 2 else b"Malformed"
+            connection.sendall(b"GET /api/tasks/list HTTP/1.1\r\nHost: here\r\n" + header + b"\r\n\r\n")
+
+        assert server.get("/api/tasks/list", timeout=20).ok  # gunicorn itself waits 2 s for each, one after the other
+        assert [read_answer(connection)[0] for connection in connections] == [400, 200] * 15
+
+
+# TLS
+
+
+@pytest.fixture
+def tls_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A server that speaks TLS, with the repository's gunicorn.conf.py."""
+    authority, files = trustme.CA(), {name: str(tmp_path / name) for name in ("authority.pem", "server.pem")}
+    authority.cert_pem.write_to_path(files["authority.pem"])
+    authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(files["server.pem"])
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", files["authority.pem"])
+    port = free_port()
+    options = ("--certfile", files["server.pem"], "--keyfile", files["server.pem"])
+    command = gunicorn_command(port, "-c", str(ROOT / "gunicorn.conf.py"), *options)
+    server = Server(command, port, tmp_path, server_environment(tmp_path))
+    server.url = server.url.replace("http:", "https:")
+    yield server.wait_until_ready()
+    server.stop()
+
+
+def test_clients_are_served_over_tls_whatever_others_do_instead_of_a_handshake(tls_server: Server) -> None:
+    large = encode_image(Image.effect_noise((1500, 1500), 90))
+    with ExitStack() as kept_open:
+        others = [kept_open.enter_context(connect(tls_server)) for _ in range(50)]
+        for other in others[::2]:
+            other.sendall(b"GET /api/tasks/list HTTP/1.1\r\n\r\n")
+
+        answers = at_once(32, lambda _: tls_server.post(ECHO, {"image": large}, timeout=30))
+
+    assert [answer.json()[0].split()[0] for answer in answers] == ["1500x1500"] * 32
 
 
 # Many at once
@@ -105,6 +152,20 @@ def test_requests_at_once_take_few_calls(gunicorn: StartServer) -> None:
 
     last = max(int(call) for answer in answers for call in re.findall(r"call (\d+)", answer.json()[0]))
     assert last - 1 <= 16
+
+
+@pytest.mark.parametrize("consumer_type", ["single_thread_consumer", "process_consumer"])
+def test_each_of_many_pictures_at_once_gets_its_own_answer(gunicorn: StartServer, consumer_type: str) -> None:
+    server = gunicorn("-w", "2", *THREADS, FAKE_ECHO_CONSUMER_TYPE=consumer_type)
+    greys = [7 * number % 256 for number in range(200)]  # a JPEG of one grey has it exactly
+    pictures = [encode_image(Image.new("RGB", (640 + grey, 480), (grey, grey, grey)), "JPEG") for grey in greys]
+
+    alone = at_once(200, lambda index: server.post(ECHO, {"image": pictures[index]}).json())
+    together = server.post(ECHO, {"image": pictures}).json()
+
+    expected = [[f"{640 + grey}x480 {(grey, grey, grey)}"] for grey in greys]
+    assert alone == expected
+    assert together == expected
 
 
 def test_result_check_interval_adds_no_latency(gunicorn: StartServer) -> None:

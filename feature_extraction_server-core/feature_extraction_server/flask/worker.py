@@ -18,10 +18,11 @@ from functools import partial
 from selectors import EVENT_READ
 from typing import Any, Final
 
+from gunicorn.util import close_graceful  # type: ignore[import-untyped]
 from gunicorn.workers.gthread import TConn, ThreadWorker  # type: ignore[import-untyped]
 
 from feature_extraction_server.core.cores import N_CORES
-from feature_extraction_server.core.turns import Turns
+from feature_extraction_server.core.turns import Turns, waiting
 
 #: One request runs Python code, while others decode pictures on all cores. More would only wait for its lock.
 N_AT_ONCE: Final = 1 + min(N_CORES, 8)
@@ -31,6 +32,13 @@ _URGENT: Final = (b"GET ", b"HEAD ", b"OPTIONS ")
 _PEEKED: Final = max(map(len, _URGENT))
 # Unlike the socket's own, it keeps Python's interpreter lock, since it never waits.
 _recv: Final = ctypes.PyDLL(None, use_errno=True).recv
+
+
+class _Connection(TConn):  # type: ignore[misc]
+    """A client's connection, of which the main thread has nothing left to do but to give it back to the system."""
+
+    def close(self, graceful: bool = False) -> None:
+        super().close()
 
 
 class Worker(ThreadWorker):  # type: ignore[misc]
@@ -50,7 +58,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         at_most = self.worker_connections - self.nr_conns if self.cfg.workers == 1 else 1
         with self.tpool.held(), suppress(BlockingIOError, ConnectionAbortedError):
             for _ in range(at_most):
-                self._take(TConn(self.cfg, *listener.accept(), listener.getsockname()))
+                self._take(_Connection(self.cfg, *listener.accept(), listener.getsockname()))
 
     def _take(self, conn: TConn) -> None:
         """Let a new client's request wait for its turn if it has come, else wait for it."""
@@ -72,7 +80,12 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     def _answer(self, conn: TConn) -> None:
         done: Future[Any] = Future()
         try:
-            done.set_result(self.handle(conn))
+            is_open = self.handle(conn)
+            if not is_open:
+                # Waits until the client closes its side, too, for 2 s at most: here, where it keeps nobody waiting.
+                with waiting():
+                    close_graceful(conn.sock)
+            done.set_result(is_open)
         except BaseException as error:
             done.set_exception(error)
         self.method_queue.defer(self.finish_request, conn, done)
