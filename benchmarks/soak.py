@@ -43,6 +43,8 @@ CLIENT_TIMEOUT_S = 60.0
 SAMPLE_INTERVAL_S = 0.25
 #: How much more of it a process may have in the run's last quarter than in its second one.
 ALLOWED_GROWTH = {"MiB": 16.0, "threads": 8.0, "files": 8.0}
+#: What the system calls the memory for pictures (``core/pixels.py``).
+REGION = "feature_extraction_server-pixels"
 #: What a stop, a full queue or another request's picture may bring upon any request.
 UNLUCKY = {"503 model_unavailable", "429 queue_full"}
 RIGHT = "200"
@@ -161,10 +163,19 @@ def sample(server: psutil.Process, record: Record, ended: threading.Event) -> No
             try:
                 had[name, "MiB"] = process.memory_info().rss / (1 << 20)
                 had[name, "threads"] = process.num_threads()
-                had[name, "files"] = process.num_fds()
+                had[name, "files"] = process.num_fds() - n_files_of_regions(process.pid)
             except psutil.Error:
                 record.violations.append(f"the process of the {name} ended")
         record.samples.append(had)
+
+
+def n_files_of_regions(pid: int) -> int:
+    """Return how many files are memory for pictures: more wherever more came at once than before, up to a bound."""
+    n = 0
+    for path in Path(f"/proc/{pid}/fd").glob("*"):
+        with suppress(OSError):  # it is closed by now
+            n += REGION in os.readlink(path)
+    return n
 
 
 def processes_of(server: psutil.Process) -> dict[str, psutil.Process]:

@@ -1,20 +1,60 @@
-"""Pictures in shared memory: they arrive as they were, and nothing stays behind."""
+"""Pictures in shared memory: they arrive as they were and stay so, and nothing stays behind."""
 
 from __future__ import annotations
 
+import io
 import os
-import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from feature_extraction_server.core import pixels
-from feature_extraction_server.core.cores import N_CORES
+
+MIB = 1 << 20
+
+
+#: Of a region that is kept: its own, and one that its mapping has.
+FILES = 2
+
+
+@pytest.fixture(autouse=True)
+def no_regions_of_other_tests() -> Iterator[None]:
+    pixels._kept.clear()
+    yield
+    pixels._kept.clear()
 
 
 def noise(width: int, height: int) -> Image.Image:
     return Image.effect_noise((width, height), 90).convert("RGB")
+
+
+def jpeg(picture: Image.Image) -> io.BytesIO:
+    file = io.BytesIO()
+    picture.save(file, "JPEG")
+    return file
+
+
+def opened(picture: Image.Image) -> Image.Image:
+    return Image.open(jpeg(picture))
+
+
+def hand_over(*pictures: Image.Image) -> pixels.Region:
+    region, in_use = pixels.share(list(pictures))
+    region.hand_over()
+    del in_use
+    return region
+
+
+def receive(region: pixels.Region, *sizes: tuple[int, int]) -> list[Image.Image]:
+    picture = pixels.pictures_in(pixels.map_region(os.dup(region.file_descriptor)))
+    return [picture(*size) for size in sizes]
+
+
+def look(picture: Image.Image) -> tuple[str, tuple[int, int], bytes]:
+    return picture.mode, picture.size, picture.tobytes()
 
 
 def open_files() -> int:
@@ -29,89 +69,158 @@ def open_files() -> int:
         pytest.param((3000, 2000), id="more than one of Pillow's blocks"),
     ],
 )
-def test_a_picture_is_read_as_it_was_written(size: tuple[int, int]) -> None:
+def test_a_picture_arrives_as_it_was(size: tuple[int, int]) -> None:
     picture = noise(*size)
 
-    with pixels.region(pixels.n_bytes(size)) as region:
-        region.write(picture)
-        memory = pixels.map_region(os.dup(region.file_descriptor))
-        found = pixels.read(memory, size)
+    (found,) = receive(hand_over(picture), size)
 
-    assert (found.mode, found.size, found.tobytes()) == ("RGB", size, picture.tobytes())
+    assert look(found) == look(picture)
 
 
-def test_what_was_read_does_not_change_with_the_region() -> None:
-    with pixels.region(pixels.n_bytes((8, 8))) as region:
-        region.write(Image.new("RGB", (8, 8), "red"))
-        found = pixels.read(pixels.map_region(os.dup(region.file_descriptor)), (8, 8))
-        region.write(Image.new("RGB", (8, 8), "blue"))
+def test_pictures_of_all_sizes_arrive_in_one_region() -> None:
+    sizes = [(3, 5), (640, 480), (1, 1), (31, 7)]
+    pictures = [noise(*size) for size in sizes]
 
-    assert found.getpixel((4, 4)) == (255, 0, 0)
+    found = receive(hand_over(*pictures), *sizes)
+
+    assert list(map(look, found)) == list(map(look, pictures))
 
 
-def test_a_region_is_lent_again() -> None:
-    with pixels.region(1000) as first:
-        pass
-    with pixels.region(2000) as second:
-        pass
+def test_a_picture_that_is_decoded_in_a_region_is_not_copied_to_another() -> None:
+    file = jpeg(noise(64, 48))
+    picture = Image.open(file)
+    pixels.decode_in_region(picture)
+    picture.load()
+    (region,) = pixels._kept
 
-    assert second is first
+    assert hand_over(picture) is region
+    (found,) = receive(region, picture.size)
+    assert look(found) == look(picture) == look(Image.open(file))
+
+
+def test_a_picture_that_has_left_its_region_is_copied() -> None:
+    picture = opened(noise(64, 48))
+    pixels.decode_in_region(picture)
+    picture.load()
+    picture.paste("red", (0, 0, 64, 48))
+    picture.im = picture.im.copy()
+
+    (found,) = receive(hand_over(picture), picture.size)
+
+    assert found.getpixel((5, 5)) == (255, 0, 0)
+
+
+def test_a_picture_that_is_sent_twice_is_copied_the_second_time() -> None:
+    picture = opened(noise(64, 48))
+    pixels.decode_in_region(picture)
+    picture.load()
+
+    first, second = hand_over(picture), hand_over(picture)
+
+    assert first is not second
+    assert look(receive(second, picture.size)[0]) == look(picture)
+
+
+def test_a_region_is_used_again_when_neither_side_has_a_picture_in_it() -> None:
+    sent = noise(8, 8)
+    first = hand_over(sent)
+    found = receive(first, (8, 8))
+
+    second = hand_over(sent)
+    found.clear()
+    third = hand_over(sent)
+
+    assert second is not first
+    assert third is first
+
+
+def test_a_picture_stays_as_it_was_as_long_as_somebody_has_it() -> None:
+    (red,) = receive(hand_over(Image.new("RGB", (8, 8), "red")), (8, 8))
+    part = red.crop((0, 0, 4, 4))
+    for _ in range(3):
+        receive(hand_over(Image.new("RGB", (8, 8), "blue")), (8, 8))
+
+    assert red.getpixel((4, 4)) == part.getpixel((1, 1)) == (255, 0, 0)
+
+
+def test_a_picture_may_be_changed_like_any_other() -> None:
+    sent = Image.new("RGB", (8, 8), "red")
+    (found,) = receive(hand_over(sent), (8, 8))
+
+    found.putpixel((1, 1), (1, 2, 3))
+    found.paste("blue", (4, 4, 8, 8))
+
+    assert [found.getpixel(place) for place in [(0, 0), (1, 1), (5, 5)]] == [(255, 0, 0), (1, 2, 3), (0, 0, 255)]
+    assert sent.getpixel((1, 1)) == (255, 0, 0)
+
+
+def test_a_picture_that_is_never_sent_gives_its_region_back() -> None:
+    picture = opened(noise(64, 48))
+    pixels.decode_in_region(picture)
+    (region,) = pixels._kept
+    in_use = region.is_free
+
+    del picture
+
+    assert (in_use, region.is_free) == (False, True)
+
+
+def test_a_region_whose_receiver_has_gone_is_not_used_again() -> None:
+    region = hand_over(noise(8, 8))
+    pixels.forget(region)
+
+    assert hand_over(noise(8, 8)) is not region
 
 
 def test_a_larger_picture_gets_a_larger_region() -> None:
-    with pixels.region(1000):
-        pass
+    hand_over(noise(8, 8))
 
-    with pixels.region(9 << 20) as region:
-        assert len(region) >= 9 << 20
+    assert len(hand_over(noise(2000, 1500))) >= pixels.n_bytes((2000, 1500))
 
 
-def test_a_very_large_region_is_given_back_at_once() -> None:
+def test_regions_that_are_kept_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pixels, "MAX_KEPT_BYTES", 10 * MIB)
     before = open_files()
 
-    with pixels.region(pixels.MAX_KEPT_BYTES + 1):
-        pass
+    regions = [hand_over(noise(8, 8)) for _ in range(4)]  # of 4 MiB
 
-    assert open_files() <= before
-
-
-def test_a_region_that_the_other_process_may_still_read_is_not_lent_again() -> None:
-    lent = []
-
-    def fail() -> None:
-        with pixels.region(1000) as region:
-            lent.append(region)
-            raise TimeoutError
-
-    with pytest.raises(TimeoutError):
-        fail()
-    with pixels.region(1000) as region:
-        assert region is not lent[0]
+    found = [receive(region, (8, 8)) for region in regions]
+    used_again = [pixels.is_used_again(pixels.map_region(os.dup(region.file_descriptor))) for region in regions]
+    assert used_again == [True, True, False, False]
+    del regions
+    found.clear()
+    assert open_files() == before + 2 * FILES
 
 
-def test_no_more_regions_are_lent_than_there_are_cores() -> None:
-    all_lent = threading.Barrier(N_CORES + 1)
-    give_back = threading.Event()
-    one_more = threading.Event()
+def test_one_that_is_too_small_makes_room_for_a_larger_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pixels, "MAX_KEPT_BYTES", 10 * MIB)
+    for _ in range(2):
+        receive(hand_over(noise(8, 8)), (8, 8))
 
-    def borrow() -> None:
-        with pixels.region(1000):
-            all_lent.wait(20)
-            give_back.wait(20)
+    hand_over(noise(1600, 1400))
 
-    def borrow_one_more() -> None:
-        with pixels.region(1000):
-            one_more.set()
+    assert [len(region) > 8 * MIB for region in pixels._kept] == [True]
 
-    threads = [threading.Thread(target=borrow) for _ in range(N_CORES)]
-    for thread in threads:
-        thread.start()
-    all_lent.wait(20)
-    threads.append(threading.Thread(target=borrow_one_more))
-    threads[-1].start()
 
-    assert not one_more.wait(0.1)
-    give_back.set()
-    assert one_more.wait(20)
-    for thread in threads:
-        thread.join(20)
+def test_many_pictures_at_once_take_no_file_descriptor_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pixels, "MAX_KEPT_BYTES", 10 * MIB)
+    before = open_files()
+    pictures: list[Any] = [opened(noise(8, 8)) for _ in range(9)]
+
+    for picture in pictures:
+        pixels.decode_in_region(picture)
+        picture.load()
+
+    assert open_files() == before + 2 * FILES
+    found = receive(hand_over(*pictures), *[(8, 8)] * 9)
+    assert list(map(look, found)) == list(map(look, pictures))
+
+
+def test_a_forked_process_has_regions_of_its_own() -> None:
+    hand_over(noise(8, 8))
+
+    pid = os.fork()
+    if pid == 0:
+        os._exit(len(pixels._kept))
+
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from feature_extraction_server.core import wire
+from feature_extraction_server.core import pixels, wire
 from feature_extraction_server.core.media import Audio
 from feature_extraction_server.core.wire import Channel
 
@@ -112,6 +112,40 @@ def test_messages_that_come_together_are_told_apart(ends: tuple[Channel, Channel
         ends[0].send(n)
 
     assert [ends[1].receive() for _ in range(3)] == [0, 1, 2]
+
+
+def test_a_picture_is_not_taken_for_one_of_the_message_before(ends: tuple[Channel, Channel]) -> None:
+    ends[0].send("no picture")
+    ends[0].send(Image.new("RGB", (9, 9), "red"))
+
+    received = [ends[1].receive(), ends[1].receive()]
+
+    assert received[0] == "no picture"
+    assert received[1].getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_pictures_stay_as_they_were_when_others_come(ends: tuple[Channel, Channel]) -> None:
+    received = [cross(ends, Image.new("RGB", (9, 9), (n, 0, 0))) for n in range(5)]
+
+    assert [picture.getpixel((8, 8)) for picture in received] == [(n, 0, 0) for n in range(5)]
+
+
+def test_memory_that_the_other_end_may_still_have_when_it_goes_is_not_used_again(
+    ends: tuple[Channel, Channel],
+) -> None:
+    pixels._kept.clear()
+    ends[0].send(Image.new("RGB", (9, 9)))
+    kept_before = len(pixels._kept)
+
+    ends[0].close()
+
+    assert (kept_before, len(pixels._kept)) == (1, 0)
+
+
+@pytest.mark.parametrize("message", [b"x" * 10_000_000, [b"x" * 10_000_000, Image.new("RGB", (9, 9))]])
+def test_sending_ends_when_the_time_is_up(ends: tuple[Channel, Channel], message: Any) -> None:
+    with pytest.raises(TimeoutError):
+        ends[0].send(message, timeout_s=0.1)
 
 
 def test_what_cannot_be_pickled_is_told_before_anything_is_sent(ends: tuple[Channel, Channel]) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import psutil
 import pytest
@@ -72,6 +74,18 @@ def test_pictures_that_wait_are_not_decoded_but_for_the_next_calls(gunicorn: Cal
     assert {answer.result().status_code for answer in answers} == {200}
     # Decoded, each would be in the web worker and in the engine: twice as much, and the processes themselves.
     assert peak < 1.5 * n * pixels.n_bytes(picture.size)
+
+
+def test_requests_that_failed_keep_no_pictures(gunicorn: Callable[..., Server]) -> None:
+    server = gunicorn("-w", "1", FAKE_SECONDS="0")
+    broken = {"image": encode_image(Image.new("RGB", (1, 9)))}
+
+    statuses = {server.post(SLOW, broken).status_code for _ in range(40)}
+
+    (worker,) = [child for child in psutil.Process(server.process.pid).children() if "gunicorn" in child.cmdline()]
+    files = [os.readlink(path) for path in Path(f"/proc/{worker.pid}/fd").iterdir()]
+    assert statuses == {500}
+    assert sum("pixels" in file for file in files) <= 16  # two for each picture that waits to be forgotten
 
 
 def test_a_picture_is_refused_undecoded_where_the_queue_is_full(gunicorn: Callable[..., Server], picture: str) -> None:

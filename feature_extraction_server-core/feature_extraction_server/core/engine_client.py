@@ -197,9 +197,14 @@ class EngineClient(ApplicationInterface):
             record.add(Times(*times))
         if record is not None and origin is not None:
             record.answer_origin = Origin(*origin)
-        if not succeeded:
+        if succeeded:
+            return answer
+        try:
             raise answer
-        return answer
+        finally:
+            # An error that a frame of its own traceback knows stays until the next garbage collection, and keeps all
+            # that those frames hold, the request's pictures among it.
+            del answer, received
 
     @staticmethod
     def _too_late() -> DeadlineExceeded:

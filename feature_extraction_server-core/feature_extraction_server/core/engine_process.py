@@ -14,7 +14,7 @@ import socket
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -75,7 +75,7 @@ def _accept(listener: socket.socket, engine: Engine, ending: threading.Event) ->
 
 
 def _serve(connection: Channel, engine: Engine, ending: threading.Event) -> None:
-    with suppress(EOFError, OSError):  # the web worker has left
+    with closing(connection), suppress(EOFError, OSError):  # the web worker has left
         while True:
             request = connection.receive()
             if request == (None, "shutdown"):
@@ -124,7 +124,7 @@ def _answer(engine: Engine, connection: Channel, method: str, model: str, *argum
         (engine.start if method == "start" else engine.stop)(model, wait=wait)
         return True, None
     except ServerError as error:
-        return False, error
+        return False, error.with_traceback(None)  # whose frames hold the call's pictures
     except Exception:
         logger.exception("The engine failed on a request")
         return False, ServerError("the engine failed on this request; its log says why")

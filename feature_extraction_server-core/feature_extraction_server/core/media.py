@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import pybase64
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from feature_extraction_server.core import pixels
 from feature_extraction_server.core.cores import N_CORES, all_cores
 from feature_extraction_server.core.errors import InvalidInput, TooLarge
 
@@ -155,6 +156,9 @@ def _decode_image(data: bytes, field: str, max_pixels: int, draft_size: int | No
     try:
         if draft_size is not None:
             image.draft(image.mode, (draft_size, draft_size))
+        if image.format == "JPEG" and image.mode == "RGB":
+            with suppress(OSError):  # no file descriptor is left, say: it is copied then
+                pixels.decode_in_region(image)
         image.load()
         return _to_rgb(_upright(image))
     except Exception as error:  # as above

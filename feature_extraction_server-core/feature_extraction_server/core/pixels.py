@@ -1,8 +1,8 @@
 """Pictures on their way to another process: their pixels lie in memory that both processes have mapped.
 
-To send the pixels through a socket would copy them four times, which takes half as long as to decode a JPEG. Here the
-sender copies them from Pillow's own memory into a *region*, and the receiver from there into a picture of its own. A
-region is used again and again: memory that the system hands out anew costs more than the copies.
+To send the pixels through a socket would copy them four times, which takes half as long as to decode a JPEG. Here a
+picture is decoded in such a *region*, or copied there once, and the receiver's picture lies there as well. A region is
+used again as soon as neither side has a picture in it: memory that the system hands out anew costs more than a copy.
 """
 
 from __future__ import annotations
@@ -13,27 +13,30 @@ import os
 import pickle
 import tempfile
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Final, SupportsIndex, TypeAlias
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, finalize, ref
 
 from PIL import Image
-
-from feature_extraction_server.core.cores import N_CORES
 
 #: A picture's mode (None: RGB in the layout of a region), its width and height, and its pixels.
 Packed: TypeAlias = tuple[str | None, tuple[int, int], Any]
 _BYTES_A_PIXEL: Final = 4  # as Pillow keeps RGB: red, green, blue, and one that means nothing
 _LAYOUT: Final = "RGBX"
+#: What comes before the pixels: a byte that says whether the receiver has the region, one whether it is used only once.
+_HEADER_BYTES: Final = 64
+_HANDED_OVER: Final = 0
+_USED_ONCE: Final = 1
+#: Pages that no picture has reached take no memory.
 _MIN_BYTES: Final = 4 << 20
-#: Larger regions are given back at once.
-MAX_KEPT_BYTES: Final = 64 << 20
-#: Copies are bound by the memory: more at a time than cores would not be faster, and need a region each.
-_copying: Final = threading.BoundedSemaphore(N_CORES)
-_free_regions: list[Region] = []  # append and pop are atomic
-#: Mapped regions, each for as long as somebody holds it: to map one anew costs a page fault for every few of its pages.
+#: What all regions take at most that are kept to be used again.
+MAX_KEPT_BYTES: Final = 256 << 20
+
+_kept: list[Region] = []
+_choosing: Final = threading.Lock()
+#: What is mapped of other processes' regions, as long as somebody holds it: to map it anew costs page faults.
 _mapped: WeakValueDictionary[tuple[int, int], mmap.mmap] = WeakValueDictionary()
+os.register_at_fork(after_in_child=_kept.clear)  # two processes would write to the same memory
 
 
 class Region:
@@ -41,46 +44,95 @@ class Region:
 
     def __init__(self, n_bytes: int) -> None:
         self.file_descriptor = _nameless_file()
+        finalize(self, os.close, self.file_descriptor)
         os.ftruncate(self.file_descriptor, n_bytes)
         self._memory = mmap.mmap(self.file_descriptor, n_bytes)
+        self._view: ref[memoryview] | None = None
 
     def __len__(self) -> int:
         return len(self._memory)
 
-    def write(self, picture: Image.Image) -> None:
-        """Copy the pixels of an RGB picture to the region's start."""
+    @property
+    def is_handed_over(self) -> bool:
+        """Whether the receiver has a picture in it, or will have."""
+        return bool(self._memory[_HANDED_OVER])
+
+    @property
+    def is_free(self) -> bool:
+        """Whether neither side has a picture in it."""
+        return not self.is_handed_over and (self._view is None or self._view() is None)
+
+    def use(self) -> memoryview:
+        """Return the memory. The region is not free as long as that, or a picture in it, exists."""
+        view = memoryview(self._memory)
+        self._view = ref(view)
+        return view
+
+    def hand_over(self) -> None:
+        """Note that it is about to be sent. It is free again when the receiver has no picture in it any more."""
+        self._memory[_HANDED_OVER] = 1
+
+    def use_only_once(self) -> None:
+        """Have the receiver give its memory back as soon as no picture is in it any more."""
+        self._memory[_USED_ONCE] = 1
+
+
+def decode_in_region(picture: Image.Image) -> None:
+    """Have an RGB picture that is opened, but not loaded, be decoded in a region, if there is one for it.
+
+    Only for decoders that write every pixel: there are those of another client's picture.
+
+    Raises:
+        OSError: the system has no memory or no file descriptor for it.
+    """
+    region, view = _choose(_HEADER_BYTES + _room(picture.size))
+    if region in _kept:  # not of many that come at once: each would take a file descriptor
+        picture.im = _picture_core(view, _HEADER_BYTES, picture.size)
+        picture.region = region, picture.im  # type: ignore[attr-defined]  # for ``share``
+
+
+def share(pictures: list[Image.Image]) -> tuple[Region, object]:
+    """Return a region that holds RGB pictures, one after the other, and what keeps it in use until it is handed over.
+
+    Raises:
+        OSError: the system has no memory or no file descriptor for it.
+    """
+    if len(pictures) == 1:
+        region, core = getattr(pictures[0], "region", (None, None))
+        if region is not None and core is pictures[0].im and not region.is_handed_over:
+            return region, core
+    region, view = _choose(_HEADER_BYTES + sum(_room(picture.size) for picture in pictures))
+    start = _HEADER_BYTES
+    for picture in pictures:
         owner, pixels = _view(picture)
-        self._memory[: len(pixels)] = pixels
+        view[start : start + len(pixels)] = pixels
         del owner
-
-    def close(self) -> None:
-        self._memory.close()
-        os.close(self.file_descriptor)
+        start += _room(picture.size)
+    return region, view
 
 
-def n_bytes(size: tuple[int, int]) -> int:
-    """Return how much room the pixels of a picture of this width and height take."""
-    return _BYTES_A_PIXEL * size[0] * size[1]
-
-
-@contextmanager
-def region(n_bytes_needed: int) -> Iterator[Region]:
-    """Lend a region of at least this size. Waits until fewer than one a core are lent."""
-    with _copying:
-        lent = _free_regions.pop() if _free_regions else None
-        if lent is None or len(lent) < n_bytes_needed:
-            if lent is not None:
-                lent.close()
-            lent = Region(max(_MIN_BYTES, 1 << (n_bytes_needed - 1).bit_length()))
-        try:
-            yield lent
-        except BaseException:
-            lent.close()  # the other process may still be reading
-            raise
-        if len(lent) <= MAX_KEPT_BYTES:
-            _free_regions.append(lent)
+def _choose(n_bytes_needed: int) -> tuple[Region, memoryview]:
+    """Return a free region of at least this size, made anew if there is none, and its memory."""
+    with _choosing:
+        for region in reversed(_kept):  # as few different ones as possible
+            if len(region) >= n_bytes_needed and region.is_free:
+                return region, region.use()
+        region = Region(max(_MIN_BYTES, n_bytes_needed))
+        for other in [other for other in _kept if other.is_free]:  # too small
+            if sum(map(len, _kept)) + len(region) > MAX_KEPT_BYTES:
+                _kept.remove(other)
+        if sum(map(len, _kept)) + len(region) <= MAX_KEPT_BYTES:
+            _kept.append(region)
         else:
-            lent.close()
+            region.use_only_once()
+        return region, region.use()
+
+
+def forget(region: Region) -> None:
+    """Do not use a region again. Its receiver has gone, and may not have said that it is done with it."""
+    with _choosing:
+        if region in _kept:
+            _kept.remove(region)
 
 
 def map_region(file_descriptor: int) -> mmap.mmap:
@@ -90,16 +142,49 @@ def map_region(file_descriptor: int) -> mmap.mmap:
         key = found.st_dev, found.st_ino  # not given to another file as long as it is mapped
         memory = _mapped.get(key)
         if memory is None:
-            memory = _mapped[key] = mmap.mmap(file_descriptor, found.st_size, access=mmap.ACCESS_READ)
+            memory = _mapped[key] = mmap.mmap(file_descriptor, found.st_size)
         return memory
     finally:
         os.close(file_descriptor)
 
 
-def read(memory: mmap.mmap, size: tuple[int, int]) -> Image.Image:
-    """Return a copy of the picture at a region's start."""
-    with memoryview(memory) as view, view[: n_bytes(size)] as pixels:
-        return Image.frombytes("RGB", size, pixels, "raw", _LAYOUT)
+def is_used_again(memory: mmap.mmap) -> bool:
+    """Tell whether another picture may come in the memory of a region."""
+    return not memory[_USED_ONCE]
+
+
+def pictures_in(memory: mmap.mmap) -> Callable[[int, int], Image.Image]:
+    """Return a function that gives the pictures in the memory of a region in turn, each by its width and height.
+
+    The sender gets the region back when the function and all pictures are gone, and copies of their Pillow core.
+    """
+    view = memoryview(memory)
+    finalize(view, memory.__setitem__, _HANDED_OVER, 0).atexit = False
+    start = _HEADER_BYTES
+
+    def picture(width: int, height: int) -> Image.Image:
+        nonlocal start
+        core = _picture_core(view, start, (width, height))
+        start += _room((width, height))
+        return Image.new("RGB", (0, 0))._new(core)
+
+    return picture
+
+
+def _picture_core(view: memoryview, start: int, size: tuple[int, int]) -> Any:
+    """Return what Pillow has behind an RGB picture, with its pixels in the view, which it keeps alive."""
+    arguments = "RGB", _BYTES_A_PIXEL * size[0], 1
+    return Image.core.map_buffer(view, size, "raw", start, arguments)  # type: ignore[attr-defined]
+
+
+def n_bytes(size: tuple[int, int]) -> int:
+    """Return how much room the pixels of a picture of this width and height take."""
+    return _BYTES_A_PIXEL * size[0] * size[1]
+
+
+def _room(size: tuple[int, int]) -> int:
+    """Return the same, up to where the next picture may begin."""
+    return -(-n_bytes(size) // _HEADER_BYTES) * _HEADER_BYTES
 
 
 def pack(picture: Image.Image) -> Packed:

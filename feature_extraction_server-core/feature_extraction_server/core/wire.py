@@ -2,8 +2,7 @@
 
 A message is a header, the pickle, and then the buffers of arrays, which pickle's protocol 5 leaves outside: they go
 from where they lie to the socket, and from the socket to where they will lie. Pictures go through shared memory
-(``pixels``), one after the other: with the message comes the file descriptor of the memory that holds the first one;
-for each, the receiver says when it has copied it.
+(``pixels``): with the message comes the file descriptor of the memory that holds them, where they stay.
 
 Unpickling runs whatever the sender wants; only sockets in a private directory may be read.
 """
@@ -19,8 +18,7 @@ import socket
 import struct
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, Final
 
 from PIL import Image
@@ -29,14 +27,13 @@ from feature_extraction_server.core import pixels
 from feature_extraction_server.core.errors import ModelError
 
 _HEADER: Final = struct.Struct("<IQ")  # how many buffers, how long the pickle; the buffers' lengths come after it
-#: What a socket without an unread message takes at once, and how much is asked of it at once. Each further system
-#: call costs Python's interpreter lock, for which all threads of a busy web worker queue up.
-_ALWAYS_FITS: Final = 1 << 15
+#: More than most messages have. Each system call more costs Python's interpreter lock, for which all threads of a busy
+#: web worker queue up.
+_READ_AT_ONCE: Final = 1 << 15
 STALL_TIMEOUT_S: Final = 60
 _MAX_PARTS_A_CALL: Final = 512  # sendmsg takes IOV_MAX (1024) at most
 _DESCRIPTOR: Final = struct.Struct("i")
-_COPIED: Final = b"c"  # what the receiver says of a picture
-_NEXT: Final = b"n"  # what the sender says of one that is not the first
+_SEND_CHECK_INTERVAL_S: Final = 1  # how often one who sends looks at the time
 
 
 class Channel:
@@ -47,7 +44,11 @@ class Channel:
         self._poll = select.poll()
         self._poll.register(connected, select.POLLIN)
         self._unread = b""  # what came together with the message before
-        self._memory: mmap.mmap | None = None  # where the pictures of the message that is being read come
+        self._memory: mmap.mmap | None = None  # where the pictures of the message are that is being read
+        self._kept_memory: mmap.mmap | None = None  # stays mapped for the next message
+        self._region: pixels.Region | None = None  # where the pictures are that were sent last
+        # Unlike Python's own timeouts, the system's cost no system call a message.
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_CHECK_INTERVAL_S, 0))
         self._patience_s = math.inf
 
     def set_patience(self, seconds: float) -> None:
@@ -55,7 +56,6 @@ class Channel:
         if seconds == self._patience_s:
             return
         whole, part = divmod(max(1, round(seconds * 1e6)), 1_000_000)
-        # Unlike Python's own timeouts, this one costs no system call a message.
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", whole, part))
         self._patience_s = seconds
 
@@ -71,17 +71,13 @@ class Channel:
         pickler = _Pickler(file)
         pickler.dump(message)
         pickled, arrays = file.getvalue(), pickler.arrays
-        header = _HEADER.pack(len(arrays), len(pickled))
-        if not arrays and not pickler.pictures and len(pickled) < _ALWAYS_FITS:
-            self._socket.sendall(header + pickled)
-            return
         lengths = struct.pack(f"<{len(arrays)}Q", *(array.nbytes for array in arrays))
-        parts = [memoryview(header + lengths + pickled), *arrays]
-        with self._timeout(timeout_s):
-            if pickler.pictures:
-                self._send_with_pictures(parts, pickler.pictures)
-            else:
-                self._send_parts(parts)
+        parts = [memoryview(_HEADER.pack(len(arrays), len(pickled)) + lengths + pickled), *arrays]
+        give_up_at = math.inf if timeout_s is None else time.monotonic() + timeout_s
+        if pickler.pictures:
+            self._send_with_pictures(parts, pickler.pictures, give_up_at)
+        else:
+            self._send_parts(parts, give_up_at)
 
     def receive(self) -> Any:
         """Wait for an object and return it.
@@ -106,30 +102,27 @@ class Channel:
         self._unread = data[end:]
         lengths = struct.unpack_from(f"<{n_arrays}Q", data, _HEADER.size)
         arrays = [self._read(length) for length in lengths]
-        message = _Unpickler(io.BytesIO(data[start:end]), arrays, self._read_pictures()).load()
-        if self._memory is not None and len(self._memory) > pixels.MAX_KEPT_BYTES:
-            self._memory = None
-        return message
+        return _Unpickler(io.BytesIO(data[start:end]), arrays, self._take_pictures).load()
 
-    @contextmanager
-    def _timeout(self, timeout_s: float | None) -> Iterator[None]:
-        """Bound what is done with the socket meanwhile; afterwards it blocks again, as it does by default."""
-        if timeout_s is None:
-            yield
-            return
-        self._socket.settimeout(timeout_s)
-        yield
-        self._socket.settimeout(None)
+    def _take_pictures(self) -> Callable[[int, int], Image.Image]:
+        """Return a function that gives the pictures of the message in turn, each by its width and height."""
+        memory, self._memory = self._memory, None
+        if memory is None:
+            raise EOFError("a picture was announced that did not come")
+        self._kept_memory = memory if pixels.is_used_again(memory) else None
+        return pixels.pictures_in(memory)
 
     def wait_for_news(self, timeout_s: float) -> bool:
         """Wait until there is a message, or the other end has gone, or the time is up; tell whether there are news."""
         return bool(self._unread or self._poll.poll(1000 * timeout_s))
 
     def close(self) -> None:
+        if self._region is not None and self._region.is_handed_over:
+            pixels.forget(self._region)
         self._socket.close()
 
     def _receive_some(self) -> bytes:
-        data, ancillary, _, _ = self._socket.recvmsg(_ALWAYS_FITS, socket.CMSG_LEN(_DESCRIPTOR.size))
+        data, ancillary, _, _ = self._socket.recvmsg(_READ_AT_ONCE, socket.CMSG_LEN(_DESCRIPTOR.size))
         if ancillary:
             self._memory = pixels.map_region(*_DESCRIPTOR.unpack(ancillary[0][2]))
         return data
@@ -156,40 +149,24 @@ class Channel:
                 raise _gone()
             view = view[n:]
 
-    def _read_pictures(self) -> Callable[[int, int], Image.Image]:
-        """Return a function that gives the message's pictures in turn, each by its width and height."""
-        marker = b""
+    def _send_with_pictures(self, parts: list[memoryview], pictures: list[Image.Image], give_up_at: float) -> None:
+        self._region, in_use = pixels.share(pictures)
+        self._region.hand_over()
+        del in_use
+        descriptor = _DESCRIPTOR.pack(self._region.file_descriptor)
+        self._send_parts(parts, give_up_at, [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptor)])
 
-        def read(width: int, height: int) -> Image.Image:
-            nonlocal marker
-            if self._memory is None or self._read(len(marker)) != marker:
-                raise EOFError("a picture was announced that did not come")
-            marker = _NEXT
-            picture = pixels.read(self._memory, (width, height))
-            self._socket.sendall(_COPIED)
-            return picture
-
-        return read
-
-    def _send_with_pictures(self, parts: list[memoryview], pictures: list[Image.Image]) -> None:
-        with pixels.region(max(pixels.n_bytes(picture.size) for picture in pictures)) as region:
-            region.write(pictures[0])
-            descriptor = _DESCRIPTOR.pack(region.file_descriptor)
-            self._send_parts(parts, [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptor)])
-            for picture in pictures[1:]:
-                self._wait_until_copied()
-                region.write(picture)
-                self._socket.sendall(_NEXT)
-            self._wait_until_copied()
-
-    def _wait_until_copied(self) -> None:
-        if self._socket.recv(len(_COPIED)) != _COPIED:
-            raise BrokenPipeError("the other end has gone")
-
-    def _send_parts(self, parts: list[memoryview], ancillary: list[tuple[int, int, bytes]] | None = None) -> None:
+    def _send_parts(
+        self, parts: list[memoryview], give_up_at: float, ancillary: list[tuple[int, int, bytes]] | None = None
+    ) -> None:
         """Send what lies in several places, and a file descriptor with the first of it."""
         while parts:
-            n_sent = self._socket.sendmsg(parts[:_MAX_PARTS_A_CALL], ancillary or ())
+            try:
+                n_sent = self._socket.sendmsg(parts[:_MAX_PARTS_A_CALL], ancillary or ())
+            except BlockingIOError:
+                if time.monotonic() < give_up_at:
+                    continue
+                raise TimeoutError("the other end does not take the message") from None
             ancillary = None
             while parts and n_sent >= parts[0].nbytes:
                 n_sent -= parts.pop(0).nbytes
@@ -266,19 +243,27 @@ class _Pickler(pickle.Pickler):
 
 
 def _picture(width: int, height: int) -> Image.Image:
-    """Stand for the picture in a pickle whose pixels come next: ``_Unpickler`` reads them."""
+    """Stand for the next picture of a message in its pickle: ``_Unpickler`` has it."""
     raise NotImplementedError
 
 
 class _Unpickler(pickle.Unpickler):
     def __init__(
-        self, file: io.BytesIO, arrays: list[bytearray], read_picture: Callable[[int, int], Image.Image]
+        self,
+        file: io.BytesIO,
+        arrays: list[bytearray],
+        take_pictures: Callable[[], Callable[[int, int], Image.Image]],
     ) -> None:
         super().__init__(file, buffers=arrays)
-        self._read_picture = read_picture
+        self._take_pictures = take_pictures
+        self._next_picture: Callable[[int, int], Image.Image] | None = None
 
     def find_class(self, module: str, name: str) -> Any:
-        return self._read_picture if (module, name) == (__name__, "_picture") else super().find_class(module, name)
+        if (module, name) != (__name__, "_picture"):
+            return super().find_class(module, name)
+        if self._next_picture is None:
+            self._next_picture = self._take_pictures()
+        return self._next_picture
 
 
 def _gone() -> EOFError:
