@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections import deque
 from collections.abc import Collection, Iterable, Iterator
-from typing import Any, Final, NamedTuple
+from contextlib import suppress
+from typing import IO, Any, Final, NamedTuple
 
 from flask import request
+from pydantic_core import from_json
 from werkzeug.datastructures import Headers
 from werkzeug.exceptions import HTTPException
 from werkzeug.http import parse_options_header
@@ -27,6 +30,7 @@ MAX_DIGITS: Final = 300
 MAX_FIELDS: Final = 100
 #: Kinds of files that may be a body by themselves.
 MEDIA: Final = ("image", "audio")
+_PIECE_BYTES: Final = 1 << 20
 _CHUNK_BYTES: Final = 1 << 16
 _TOO_DEEP: Final = f"nested too deeply; at most {MAX_NESTING} levels are allowed"
 
@@ -232,13 +236,14 @@ def read_body() -> bytes:
         TooLarge: it has more than MAX_CONTENT_LENGTH bytes.
         InvalidInput: it cannot be read.
     """
+    is_too_large = False
     try:
+        if request.content_length is not None:
+            return _read(request.stream, request.content_length)
         data = request.get_data(cache=False)
         # Werkzeug cuts a body of undeclared length off at the limit, without a word.
-        if request.content_length is None and len(data) == request.max_content_length:
+        if len(data) == request.max_content_length:
             is_too_large = bool(request.environ["wsgi.input"].read(1))
-        else:
-            is_too_large = False
     except HTTPException:
         raise
     except Exception as error:  # the server has errors of its own for malformed chunks
@@ -246,6 +251,15 @@ def read_body() -> bytes:
     if is_too_large:
         raise body_too_large()
     return data
+
+
+def _read(stream: IO[bytes], n_bytes: int) -> bytes:
+    """Read so many bytes. Werkzeug itself would in pieces of 64 KiB, and gunicorn copies what is left for each."""
+    pieces = []
+    while n_bytes > 0 and (piece := stream.read(min(n_bytes, _PIECE_BYTES))):
+        pieces.append(piece)
+        n_bytes -= len(piece)
+    return b"".join(pieces)
 
 
 def body_too_large() -> TooLarge:
@@ -308,31 +322,45 @@ def _parse_json(data: bytes, what: str, field: str | None = None) -> Any:
     def invalid(reason: str) -> InvalidInput:
         return InvalidInput(f"{what} is {reason}", field=field)
 
+    with suppress(ValueError, RecursionError):
+        value = from_json(data, allow_inf_nan=False)
+        if all(map(_is_usual, _elements(value))):
+            return value
+    # That was twenty times as fast. What it took too much of, or did not take, is taken or refused here.
     try:
         text = data.decode("utf-8-sig")
         if not text.strip():
             raise invalid("empty: it must be JSON")
         value = _decoder.decode(text)
+        deque(_elements(value), maxlen=0)
     except RecursionError:
         raise invalid(_TOO_DEEP) from None
     except UnicodeDecodeError as error:
         raise invalid(f"not valid JSON: byte {error.start} is not UTF-8") from None
     except ValueError as error:  # malformed, NaN, or a number too large
         raise invalid(f"not valid JSON: {error}") from None
-    if _is_too_deep(value):
-        raise invalid(_TOO_DEEP)
     return value
 
 
-def _is_too_deep(value: Any) -> bool:
-    """Tell whether recursive code (a JSON encoder, a model's) could fail on it later."""
-    level = [value] if isinstance(value, (dict, list)) else []
-    for _ in range(MAX_NESTING):
-        if not level:
-            return False
-        inner = [element.values() if isinstance(element, dict) else element for element in level]
-        level = [element for elements in inner for element in elements if isinstance(element, (dict, list))]
-    return bool(level)
+def _elements(value: Any) -> Iterator[Any]:
+    """Give a value and all that it holds.
+
+    Raises:
+        RecursionError: it is nested so deeply that recursive code (a JSON encoder, a model's) could fail on it later.
+    """
+    containers: list[Any] = [[value]]
+    for _ in range(MAX_NESTING + 1):
+        elements = [element for held in containers for element in (held.values() if isinstance(held, dict) else held)]
+        yield from elements
+        containers = [element for element in elements if isinstance(element, (dict, list))]
+        if not containers:
+            return
+    raise RecursionError
+
+
+def _is_usual(value: Any) -> bool:
+    """Tell whether a value is no number, or so small a one that it is certainly allowed."""
+    return not isinstance(value, (int, float)) or abs(value) < 10.0**MAX_DIGITS
 
 
 def _refuse_constant(name: str) -> None:
