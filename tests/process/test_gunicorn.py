@@ -70,6 +70,27 @@ def test_requests_that_stall_do_not_block_others(gunicorn: StartServer) -> None:
     assert answer.ok
 
 
+def test_clients_that_vanish_within_a_request_give_their_threads_back(gunicorn: StartServer, tmp_path: Path) -> None:
+    configuration = tmp_path / "impatient.py"
+    configuration.write_text(
+        "from feature_extraction_server.flask import worker\n"
+        "worker.MAX_STALL_S = 1\n"
+        f"exec(open({str(ROOT / 'gunicorn.conf.py')!r}).read())\n"
+    )
+    server = gunicorn("-c", str(configuration), "--threads", "4")
+    request = post(ECHO, GOOD, f"Content-Length: {len(GOOD)}")
+    with ExitStack() as kept_open:
+        vanished = [kept_open.enter_context(connect(server)) for _ in range(8)]
+        for index, connection in enumerate(vanished):
+            connection.sendall(request[: -9 if index % 2 else 20])
+
+        assert server.post(ECHO, {"image": PNG}, timeout=20).ok
+        ends = [connection.recv(1000)[:12] for connection in vanished]
+
+    assert ends == [b"", b"HTTP/1.1 400"] * 4
+    assert "Traceback" not in server.log()
+
+
 def test_clients_that_do_not_close_their_connections_keep_nobody_waiting(gunicorn: StartServer) -> None:
     server = gunicorn("-c", str(ROOT / "gunicorn.conf.py"))
     with ExitStack() as kept_open:

@@ -11,6 +11,8 @@ import ctypes
 import errno
 import gc
 import socket
+import ssl
+import struct
 import time
 from concurrent.futures import Future
 from contextlib import suppress
@@ -26,6 +28,8 @@ from feature_extraction_server.core.turns import Turns, waiting
 
 #: One request runs Python code, while others decode pictures on all cores. More would only wait for its lock.
 N_AT_ONCE: Final = 1 + min(N_CORES, 8)
+#: How long a client may send nothing of a request that it has begun, and take nothing of its answer.
+MAX_STALL_S = 60
 #: How long a client may be connected before it sends its first request.
 MAX_SILENCE_S: Final = 10.0
 _URGENT: Final = (b"GET ", b"HEAD ", b"OPTIONS ")
@@ -35,7 +39,31 @@ _recv: Final = ctypes.PyDLL(None, use_errno=True).recv
 
 
 class _Connection(TConn):  # type: ignore[misc]
-    """A client's connection, of which the main thread has nothing left to do but to give it back to the system."""
+    """A client's connection, of which the main thread has nothing left to do but to give it back to the system.
+
+    A client that sends nothing more of its request for ``MAX_STALL_S`` counts as gone. One that has vanished without a
+    word would hold a thread for ever.
+    """
+
+    def init(self) -> None:
+        if self.initialized:
+            return
+        stall = struct.pack("ll", MAX_STALL_S, 0)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, stall)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, stall)
+        super().init()
+        if self.is_http2:
+            return
+        read = self.parser.unreader.chunk
+
+        def read_in_time(size: int | None = None) -> bytes:
+            try:
+                data: bytes = read(size)
+            except (BlockingIOError, ssl.SSLWantReadError):
+                return b""
+            return data
+
+        self.parser.unreader.chunk = read_in_time
 
     def close(self, graceful: bool = False) -> None:
         super().close()
