@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import io
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
+from PIL import Image
 
 from feature_extraction_server.core.errors import InvalidInput, ModelError, TooLarge
 from feature_extraction_server.core.task import (
+    AudioField,
     ConfigField,
     FiniteFloat,
     ImageField,
@@ -20,6 +25,13 @@ from feature_extraction_server.core.task import (
     TextField,
     batch_key,
 )
+from tests.conftest import encode_image
+
+
+def wav(n_samples: int) -> str:
+    file = io.BytesIO()
+    soundfile.write(file, np.zeros(n_samples), 8000, format="WAV")
+    return base64.b64encode(file.getvalue()).decode()
 
 
 def spec(output: Any = str, postprocess: Callable[[Any, dict[str, Any]], Any] | None = None) -> TaskSpec:
@@ -222,6 +234,32 @@ def test_output_schema_shows_the_example_of_one_result() -> None:
 def test_task_without_a_batch_field_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one batch field"):
         TaskSpec(description="", inputs={"config": ConfigField()}, output=str)
+
+
+@pytest.mark.parametrize(
+    ("max_bytes", "too_much"),
+    [
+        pytest.param(3000, None, id="room for all"),
+        pytest.param(2999, "audio[1]", id="not for the last recording"),
+        pytest.param(2199, "audio[0]", id="not for the first recording"),
+        pytest.param(1599, "image[1]", id="not for the second picture"),
+    ],
+)
+def test_pictures_and_recordings_of_a_request_have_a_bound_together(max_bytes: int, too_much: str | None) -> None:
+    task = TaskSpec(
+        description="Look and listen.", inputs={"image": ImageField("A"), "audio": AudioField("B")}, output=int
+    )
+    picture = encode_image(Image.new("RGB", (20, 10)))  # 800 bytes
+    recordings = [wav(150), wav(200)]  # 600 and 800
+    limits = Limits(max_decoded_bytes=max_bytes)
+    request = {"image": [picture, picture], "audio": recordings}
+
+    if too_much is None:
+        assert run(request, Model([1, 2], limits), task) == [1, 2]
+        return
+    with pytest.raises(TooLarge, match="MAX_DECODED_BYTES") as raised:
+        run(request, Model([1, 2], limits), task)
+    assert raised.value.field == too_much
 
 
 def test_image_of_many_items_is_decoded_once(picture: str) -> None:

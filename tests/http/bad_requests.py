@@ -17,6 +17,7 @@ from tests.media_files import encode, png, recording
 SETTINGS = {
     "MAX_ITEMS": "8",
     "MAX_IMAGE_PIXELS": "1000000",
+    "MAX_DECODED_BYTES": "8000000",
     "MAX_AUDIO_SECONDS": "5",
     "MAX_CONTENT_LENGTH": "200000",
 }
@@ -246,6 +247,13 @@ def images() -> Iterable[BadRequest]:
         {"image": [encode_image(Image.new("L", (1001, 1000)))]},
         "1001 x 1000 = 1001000 pixels; at most 1000000 are allowed (MAX_IMAGE_PIXELS)",
         "image[0]",
+    )
+    yield too_large(
+        "small files of too many pixels together",
+        CAPTION,
+        {"image": [encode_image(Image.new("L", (1000, 1000)))] * 3},
+        "(MAX_DECODED_BYTES): send fewer of them at a time",
+        "image[2]",
     )
 
 

@@ -307,16 +307,18 @@ class ModelFunction:
         self._is_wanted = is_wanted
 
     def __call__(self, *positional: Any, **arguments: Any) -> Any:
-        spec = self._application.registry.spec(self.__name__)
-        if spec is not None and not arguments[spec.batch_fields[0]]:
+        fields = self._batch_fields()
+        if fields and not arguments[fields[0]]:
             return []
-        return self._call(Call(self.__name__, arguments, spec.batch_fields if spec else (), positional))
+        return self._call(Call(self.__name__, arguments, fields, positional))
 
-    def call_in_parts(
-        self, arguments: dict[str, Any], batch_fields: tuple[str, ...], n_items: int, rest: Callable[[], dict[str, Any]]
-    ) -> Any:
+    def call_in_parts(self, arguments: dict[str, Any], n_items: int, rest: Callable[[], dict[str, Any]]) -> Any:
         """Call the function with ``arguments`` and those that ``rest`` gives, which is called when they are needed."""
-        return self._call(Call(self.__name__, arguments, batch_fields, (), n_items, rest))
+        return self._call(Call(self.__name__, arguments, self._batch_fields(), (), n_items, rest))
+
+    def _batch_fields(self) -> tuple[str, ...]:
+        spec = self._application.registry.spec(self.__name__)
+        return spec.batch_fields if spec else ()
 
     def _call(self, call: Call) -> Any:
         config_type = self._application.registry.config_type(self._model, call.task)

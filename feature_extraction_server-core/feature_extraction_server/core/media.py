@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import binascii
 import io
+import math
 import re
 import threading
 import urllib.parse
@@ -118,7 +119,9 @@ def file_of(source: str | bytes, field: str) -> bytes:
     return source
 
 
-def decode_image(source: str | bytes, field: str, max_pixels: int, draft_size: int | None = None) -> Image.Image:
+def decode_image(
+    source: str | bytes, field: str, max_pixels: int, draft_size: int | None = None, max_bytes: float = math.inf
+) -> Image.Image:
     """Decode a picture's file, or its base64, of any format that Pillow reads (but EPS) to RGB.
 
     EXIF orientation is applied, transparency laid over white, 16-bit grey scaled to 8 bits; of an animation the first
@@ -126,17 +129,18 @@ def decode_image(source: str | bytes, field: str, max_pixels: int, draft_size: i
 
     Args:
         draft_size: pixels; a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as no side becomes shorter.
+        max_bytes: what its pixels may take in memory.
 
     Raises:
         InvalidInput: not base64, not a picture, or a damaged one; the error names ``field``.
-        TooLarge: more than ``max_pixels`` pixels (found out before decoding).
+        TooLarge: more than ``max_pixels`` pixels or ``max_bytes`` (found out before decoding).
     """
     data = file_of(source, field)
     with _decoding():
-        return _decode_image(data, field, max_pixels, draft_size)
+        return _decode_image(data, field, max_pixels, draft_size, max_bytes)
 
 
-def _decode_image(data: bytes, field: str, max_pixels: int, draft_size: int | None) -> Image.Image:
+def _decode_image(data: bytes, field: str, max_pixels: int, draft_size: int | None, max_bytes: float) -> Image.Image:
     # Some formats (icons) decode a picture within the file as soon as they are opened: Pillow's own limit is for those.
     Image.MAX_IMAGE_PIXELS = max_pixels
     try:
@@ -156,17 +160,29 @@ def _decode_image(data: bytes, field: str, max_pixels: int, draft_size: int | No
     try:
         if draft_size is not None:
             image.draft(image.mode, (draft_size, draft_size))
+        if pixels.n_bytes(image.size) > max_bytes:
+            raise _too_many_bytes(field)
         if image.format == "JPEG" and image.mode == "RGB":
             with suppress(OSError):  # no file descriptor is left, say: it is copied then
                 pixels.decode_in_region(image)
         image.load()
         return _to_rgb(_upright(image))
+    except TooLarge:
+        raise
     except Exception as error:  # as above
         raise InvalidInput(f"{field} is a damaged image: {_reason(error)}", field=field) from None
 
 
 def _too_many_pixels(field: str, found: str, allowed: int) -> TooLarge:
     return TooLarge(f"{field} has {found} pixels; at most {allowed} are allowed (MAX_IMAGE_PIXELS)", field=field)
+
+
+def _too_many_bytes(field: str) -> TooLarge:
+    return TooLarge(
+        f"{field} makes the request's pictures and recordings take more memory than they may together "
+        "(MAX_DECODED_BYTES): send fewer of them at a time",
+        field=field,
+    )
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -212,19 +228,22 @@ def _from_floats(image: Image.Image) -> Image.Image:
     return image.point(lambda value: value * (255 / full_scale) + 0.5).convert("L")
 
 
-def decode_audio(source: str | bytes, field: str, max_seconds: float) -> Audio:
+def decode_audio(source: str | bytes, field: str, max_seconds: float, max_bytes: float = math.inf) -> Audio:
     """Decode a recording's file, or its base64 (WAV, FLAC, OGG, MP3 and whatever else libsndfile reads).
+
+    Args:
+        max_bytes: what its samples may take in memory.
 
     Raises:
         InvalidInput: not base64, not a recording, a damaged or an empty one; the error names ``field``.
-        TooLarge: longer than ``max_seconds``.
+        TooLarge: longer than ``max_seconds``, or more than ``max_bytes``.
     """
     import soundfile
 
     data = file_of(source, field)
     try:
         with _decoding(), soundfile.SoundFile(io.BytesIO(data)) as file:
-            samples = _read_mono(file, field, max_seconds)
+            samples = _read_mono(file, field, max_seconds, max_bytes)
             sampling_rate = file.samplerate
     except soundfile.LibsndfileError as error:
         raise InvalidInput(
@@ -236,7 +255,9 @@ def decode_audio(source: str | bytes, field: str, max_seconds: float) -> Audio:
     return Audio(samples, sampling_rate)
 
 
-def _read_mono(file: soundfile.SoundFile, field: str, max_seconds: float) -> np.ndarray[Any, np.dtype[np.float32]]:
+def _read_mono(
+    file: soundfile.SoundFile, field: str, max_seconds: float, max_bytes: float
+) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Read block by block, since a header may lie about the length, and channels would multiply the memory."""
     import numpy as np
 
@@ -252,6 +273,8 @@ def _read_mono(file: soundfile.SoundFile, field: str, max_seconds: float) -> np.
                 f"{field} is longer than {max_seconds:g} seconds, the longest that is allowed (MAX_AUDIO_SECONDS)",
                 field=field,
             )
+        if 4 * n_frames > max_bytes:
+            raise _too_many_bytes(field)
         if not np.isfinite(block).all():
             raise InvalidInput(f"{field} is a recording with samples that are not finite numbers", field=field)
         samples += memoryview(np.clip(block.mean(axis=1), -1, 1))

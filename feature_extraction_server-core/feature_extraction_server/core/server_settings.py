@@ -244,6 +244,14 @@ class ServerSettings:
                 minimum=1,
                 description="Items that a list in a request may have",
             ),
+            "max_decoded_bytes": add(
+                name="MAX_DECODED_BYTES",
+                type=int,
+                default=defaults.max_decoded_bytes,
+                minimum=1,
+                description="Bytes that all pictures (4 a pixel) and recordings (4 a sample) of a request may take in "
+                "memory together",
+            ),
         }
 
     def default_model(self, task: str) -> str | None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final
 from pydantic import Field as PydanticField
 from pydantic import TypeAdapter, ValidationError
 
-from feature_extraction_server.core import media
+from feature_extraction_server.core import media, pixels
 from feature_extraction_server.core.errors import InvalidInput, ModelError, TooLarge
 from feature_extraction_server.core.url_fetch import UrlFetcher, is_url
 
@@ -52,12 +52,14 @@ _URLS_OFF: Final = UrlFetcher()
 class Limits:
     """What one request may ask for: pixels an image, seconds a recording, items a list, files by URL.
 
+    ``max_decoded_bytes``: what its images (4 bytes a pixel) and recordings (4 bytes a sample) may take all together.
     ``draft_size``: JPEGs may be decoded at a fraction of their size that leaves no side with fewer pixels.
     """
 
     max_image_pixels: int = 178_956_970
     max_audio_seconds: float = 14_400
     max_items: int = 1024
+    max_decoded_bytes: int = 4 << 30
     urls: UrlFetcher = _URLS_OFF
     draft_size: int | None = None
 
@@ -114,6 +116,11 @@ class MediaField(InputField):
     #: What its content type begins with.
     medium: ClassVar[str]
 
+    @staticmethod
+    def n_bytes(item: Any) -> int:
+        """Return how much memory a decoded file takes."""
+        raise NotImplementedError
+
     def check(self, value: Any, field: str, limits: Limits) -> None:
         _file(value, field)
 
@@ -134,8 +141,13 @@ class ImageField(MediaField):
         "examples": [_EXAMPLE_IMAGE],
     }
 
+    @staticmethod
+    def n_bytes(item: Any) -> int:
+        return pixels.n_bytes(item.size)
+
     def decode(self, value: Any, field: str, limits: Limits) -> Any:
-        return media.decode_image(_file(value, field), field, limits.max_image_pixels, limits.draft_size)
+        n_bytes = limits.max_decoded_bytes
+        return media.decode_image(_file(value, field), field, limits.max_image_pixels, limits.draft_size, n_bytes)
 
 
 class AudioField(MediaField):
@@ -151,8 +163,12 @@ class AudioField(MediaField):
         "examples": [_EXAMPLE_AUDIO],
     }
 
+    @staticmethod
+    def n_bytes(item: Any) -> int:
+        return int(item.samples.nbytes)
+
     def decode(self, value: Any, field: str, limits: Limits) -> media.Audio:
-        return media.decode_audio(_file(value, field), field, limits.max_audio_seconds)
+        return media.decode_audio(_file(value, field), field, limits.max_audio_seconds, limits.max_decoded_bytes)
 
 
 class StringListField(InputField):
@@ -238,11 +254,11 @@ class TaskSpec:
         """
         limits = getattr(func, "limits", Limits())
         cached: CachedRequest | None = getattr(func, "cached", None)
-        call_in_parts = getattr(func, "call_in_parts", None)
+        call_in_parts: Any = getattr(func, "call_in_parts", None)
 
         def compute(payload: Mapping[str, Any], places: Sequence[int]) -> list[Any]:
-            may_wait = places and call_in_parts is not None
-            later = [key for key in self._media_fields if may_wait and payload.get(key) is not None]
+            may_wait = self._media_fields if places and call_in_parts is not None else ()
+            later = [key for key in may_wait if payload.get(key) is not None]
             arguments = self._decode(payload, [key for key in self.inputs if key not in later], limits, places)
 
             def rest() -> dict[str, Any]:
@@ -252,10 +268,7 @@ class TaskSpec:
 
             if not places:
                 return []
-            if later and call_in_parts is not None:
-                results = call_in_parts(dict(arguments), self.batch_fields, len(places), rest)
-            else:
-                results = func(**arguments)
+            results = call_in_parts(dict(arguments), len(places), rest) if later else func(**arguments)
             return self._finish(results, arguments, len(places))
 
         def run(**payload: Any) -> Any:
@@ -353,7 +366,12 @@ class TaskSpec:
             if not field.batch:
                 arguments[key] = field.decode(value, key, limits)
             elif isinstance(value, list):
-                arguments[key] = [field.decode(value[i], f"{key}[{i}]", limits) for i in places]
+                arguments[key] = items = []
+                for i in places:
+                    items.append(field.decode(value[i], f"{key}[{i}]", limits))
+                    if isinstance(field, MediaField):
+                        left = limits.max_decoded_bytes - field.n_bytes(items[-1])
+                        limits = replace(limits, max_decoded_bytes=left)
             else:
                 arguments[key] = [field.decode(value, key, limits)] * len(places)
         return arguments
