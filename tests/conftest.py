@@ -81,6 +81,12 @@ def nothing_left_behind(lasting_process: psutil.Process | None) -> Iterator[None
     pytest.fail(f"left behind: threads {threads}, processes {children}")
 
 
+@pytest.fixture(autouse=True)
+def pillows_own_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give Pillow back the limit of pixels that it had: to decode a picture sets it for the whole process."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+
+
 def _has_children() -> bool:
     """Ask the system, which takes no search through all processes."""
     try:

@@ -229,8 +229,8 @@ function showError(error) {
   if (!field) return;
   showProblem(field, error.message);
   field.element.closest("details")?.setAttribute("open", "");
-  field.control.focus();
   field.element.scrollIntoView({ block: "nearest" });
+  field.control.focus();
 }
 
 // The field that ``image[1]`` or ``config.num_beams`` names.

@@ -8,6 +8,13 @@ const IDLE_MS = 4000;
 const COMING = ["starting", "loading"];
 const GOING_ON = [...COMING, "stopping"];
 
+// Not by scrollIntoView(), from where the Tab key would go on: past the link that skips this list.
+function scrollTo(element) {
+  const list = byId("models");
+  const [inner, outer] = [element.getBoundingClientRect(), list.getBoundingClientRect()];
+  list.scrollTop += Math.min(0, inner.top - outer.top) + Math.max(0, inner.bottom - outer.bottom);
+}
+
 export class Models {
   constructor(onChoice, onError) {
     this.onChoice = onChoice;
@@ -51,7 +58,7 @@ export class Models {
     const row = this.rows.get(name);
     if (row) {
       row.radio.checked = true;
-      row.element.scrollIntoView({ block: "nearest" });
+      scrollTo(row.element);
     }
     byId("model-details").replaceChildren();
     if (this.chosen) this.describe(name);
