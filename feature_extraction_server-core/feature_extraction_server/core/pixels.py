@@ -85,8 +85,9 @@ def decode_in_region(picture: Image.Image) -> None:
     Raises:
         OSError: the system has no memory or no file descriptor for it.
     """
-    region, view = _choose(_HEADER_BYTES + _room(picture.size))
-    if region in _kept:  # not of many that come at once: each would take a file descriptor
+    chosen = _choose(_HEADER_BYTES + _room(picture.size))
+    if chosen is not None:
+        region, view = chosen
         picture.im = _picture_core(view, _HEADER_BYTES, picture.size)
         picture.region = region, picture.im  # type: ignore[attr-defined]  # for ``share``
 
@@ -101,7 +102,8 @@ def share(pictures: list[Image.Image]) -> tuple[Region, object]:
         region, core = getattr(pictures[0], "region", (None, None))
         if region is not None and core is pictures[0].im and not region.is_handed_over:
             return region, core
-    region, view = _choose(_HEADER_BYTES + sum(_room(picture.size) for picture in pictures))
+    n_bytes_needed = _HEADER_BYTES + sum(_room(picture.size) for picture in pictures)
+    region, view = _choose(n_bytes_needed) or _make_for_once(n_bytes_needed)
     start = _HEADER_BYTES
     for picture in pictures:
         owner, pixels = _view(picture)
@@ -111,21 +113,29 @@ def share(pictures: list[Image.Image]) -> tuple[Region, object]:
     return region, view
 
 
-def _choose(n_bytes_needed: int) -> tuple[Region, memoryview]:
-    """Return a free region of at least this size, made anew if there is none, and its memory."""
+def _choose(n_bytes_needed: int) -> tuple[Region, memoryview] | None:
+    """Return a kept region of at least this size that is free, and its memory.
+
+    It is made anew where there is none, but not of many at once: each takes file descriptors. None then.
+    """
     with _choosing:
         for region in reversed(_kept):  # as few different ones as possible
             if len(region) >= n_bytes_needed and region.is_free:
                 return region, region.use()
-        region = Region(max(_MIN_BYTES, n_bytes_needed))
+        n_bytes_new = max(_MIN_BYTES, n_bytes_needed)
         for other in [other for other in _kept if other.is_free]:  # too small
-            if sum(map(len, _kept)) + len(region) > MAX_KEPT_BYTES:
+            if sum(map(len, _kept)) + n_bytes_new > MAX_KEPT_BYTES:
                 _kept.remove(other)
-        if sum(map(len, _kept)) + len(region) <= MAX_KEPT_BYTES:
-            _kept.append(region)
-        else:
-            region.use_only_once()
-        return region, region.use()
+        if sum(map(len, _kept)) + n_bytes_new > MAX_KEPT_BYTES:
+            return None
+        _kept.append(Region(n_bytes_new))
+        return _kept[-1], _kept[-1].use()
+
+
+def _make_for_once(n_bytes: int) -> tuple[Region, memoryview]:
+    region = Region(n_bytes)
+    region.use_only_once()
+    return region, region.use()
 
 
 def forget(region: Region) -> None:

@@ -47,16 +47,14 @@ class Channel:
         self._memory: mmap.mmap | None = None  # where the pictures of the message are that is being read
         self._kept_memory: mmap.mmap | None = None  # stays mapped for the next message
         self._region: pixels.Region | None = None  # where the pictures are that were sent last
-        # Unlike Python's own timeouts, the system's cost no system call a message.
-        connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_CHECK_INTERVAL_S, 0))
+        set_timeout(connected, socket.SO_SNDTIMEO, _SEND_CHECK_INTERVAL_S)
         self._patience_s = math.inf
 
     def set_patience(self, seconds: float) -> None:
         """Have ``receive`` wait for a message for so long from now on, not for ever."""
         if seconds == self._patience_s:
             return
-        whole, part = divmod(max(1, round(seconds * 1e6)), 1_000_000)
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", whole, part))
+        set_timeout(self._socket, socket.SO_RCVTIMEO, seconds)
         self._patience_s = seconds
 
     def send(self, message: Any, timeout_s: float | None = None) -> None:
@@ -172,6 +170,15 @@ class Channel:
                 n_sent -= parts.pop(0).nbytes
             if n_sent:
                 parts[0] = parts[0][n_sent:]
+
+
+def set_timeout(connected: socket.socket, option: int, seconds: float) -> None:
+    """Have a blocking socket raise BlockingIOError when it has waited for so long: SO_RCVTIMEO or SO_SNDTIMEO.
+
+    Unlike Python's own timeouts, the system's cost no system call a message.
+    """
+    whole, part = divmod(max(1, round(seconds * 1e6)), 1_000_000)
+    connected.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", whole, part))
 
 
 def connect(path: str, patience_s: float, timeout_s: float | None = None) -> Channel:

@@ -12,7 +12,6 @@ import errno
 import gc
 import socket
 import ssl
-import struct
 import time
 from concurrent.futures import Future
 from contextlib import suppress
@@ -25,6 +24,7 @@ from gunicorn.workers.gthread import TConn, ThreadWorker  # type: ignore[import-
 
 from feature_extraction_server.core.cores import N_CORES
 from feature_extraction_server.core.turns import Turns, waiting
+from feature_extraction_server.core.wire import set_timeout
 
 #: One request runs Python code, while others decode pictures on all cores. More would only wait for its lock.
 N_AT_ONCE: Final = 1 + min(N_CORES, 8)
@@ -48,9 +48,8 @@ class _Connection(TConn):  # type: ignore[misc]
     def init(self) -> None:
         if self.initialized:
             return
-        stall = struct.pack("ll", MAX_STALL_S, 0)
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, stall)
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, stall)
+        for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+            set_timeout(self.sock, option, MAX_STALL_S)
         super().init()
         if self.is_http2:
             return
