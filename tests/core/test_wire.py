@@ -198,6 +198,64 @@ def test_answer_is_sent_while_another_thread_still_imports_torch(
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch", ModuleType("torch"))
 
-    wire.send_answer(ends[0], (True, {"state": "loading"}))
+    wire.send_answer(ends[0].send, (True, {"state": "loading"}))
 
     assert ends[1].receive() == (True, {"state": "loading"})
+
+
+def test_what_was_read_is_told_before_it_is_received(ends: tuple[Channel, Channel]) -> None:
+    sender, receiver = ends
+    told = []
+    for message in ("first", "second"):
+        sender.send(message)
+
+    receiver.read_some()
+    for _ in range(2):
+        told.append((receiver.has_begun_message, receiver.has_whole_message, receiver.receive()))
+
+    assert told == [(True, True, "first"), (True, True, "second")]
+    assert not receiver.has_begun_message
+    assert not receiver.has_whole_message
+
+
+@pytest.mark.parametrize("n_bytes", [5, 14, 30, 40], ids=["header", "lengths", "pickle", "array"])
+def test_a_message_is_whole_when_its_last_byte_has_come(ends: tuple[Channel, Channel], n_bytes: int) -> None:
+    sender, receiver = ends
+    array = np.arange(20, dtype=np.uint8)
+    parts, _ = wire._pickle({"x": array})
+    data = b"".join(parts)
+    n_bytes = len(data) - 5 if n_bytes == 40 else n_bytes
+
+    sender._socket.sendall(data[:n_bytes])
+    receiver.read_some()
+    told = receiver.has_begun_message, receiver.has_whole_message
+    sender._socket.sendall(data[n_bytes:])
+    receiver.read_some()
+
+    assert told == (True, False)
+    assert receiver.has_whole_message
+    assert receiver.receive()["x"].tolist() == array.tolist()
+
+
+def test_the_end_of_a_connection_is_read(ends: tuple[Channel, Channel]) -> None:
+    ends[0].close()
+
+    with pytest.raises(EOFError):
+        ends[1].read_some()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [b"x" * 100_000, {"image": Image.new("RGB", (3, 2))}],
+    ids=["100 KB", "a picture, whose memory is looked for"],
+)
+def test_what_may_have_to_wait_is_sent_later(ends: tuple[Channel, Channel], message: Any) -> None:
+    assert ends[0].send_if_small("small") is None
+
+    send = ends[0].send_if_small(message)
+
+    assert send is not None
+    assert ends[1].receive() == "small"
+    assert not ends[1].wait_for_news(0)
+    send()
+    assert ends[1].receive() == message

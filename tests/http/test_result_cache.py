@@ -301,7 +301,7 @@ def test_answers_of_two_revisions_are_not_mixed_in_one_batch(
 
 def test_model_whose_answers_are_in_use_does_not_count_as_idle(engine: Engine, client: FlaskClient) -> None:
     ask(client, image=wide(3))
-    model = engine._models["mine"]
+    model = engine.models["mine"]
     wait_until(lambda: model.idle_since is not None, "the end of the call")
     before = model.idle_since or 0
 

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Final
 
 from feature_extraction_server.core.application import ApplicationInterface
 from feature_extraction_server.core.errors import DeadlineExceeded, ModelLoadFailed, ModelUnavailable, ServerError
@@ -30,29 +30,44 @@ class Engine(ApplicationInterface):
         self._max_loaded = settings.max_loaded_models.get()
         self._starting = threading.Lock()  # one model starts at a time where MAX_LOADED_MODELS is set
         self._cache = ResultCache(settings.result_cache_bytes.get())
-        self._models: dict[str, Model] = {}
+        self.models: Final[dict[str, Model]] = {}
         for name, module in registry.models.items():
             consumer_type = settings.consumer_type(name)
             start_consumer = registry.consumers[consumer_type].start
             options = settings.model_options(name)
-            self._models[name] = Model(name, module, consumer_type, start_consumer, log_server, options)
+            self.models[name] = Model(name, module, consumer_type, start_consumer, log_server, options)
 
     def call(self, model: str, call: Call, deadline: float, is_wanted: Callable[[], bool]) -> Any:
-        if self._max_loaded and not self._models[model].is_active:
-            self._start_in_turn(model, deadline)
         job = Job(call)
-        self._models[model].submit(job)
+        self.submit(model, job, deadline)
         try:
-            return self._models[model].wait(job, deadline, is_wanted)
+            return self.models[model].wait(job, deadline, is_wanted)
         finally:
             if job.request is not None:
                 job.request.add(job.times())
                 job.request.answer_origin = job.origin
 
+    def submit(self, model: str, job: Job, deadline: float) -> None:
+        """Queue a job, and start its model where it does not run.
+
+        Raises:
+            QueueFull, ModelLoadFailed: as ``Model.submit`` does.
+            ModelUnavailable: MAX_LOADED_MODELS others are loaded, and none of them was idle before the deadline.
+        """
+        if self._max_loaded and not self.models[model].is_active:
+            self._start_in_turn(model, deadline)
+        self.models[model].submit(job)
+
+    def notice_dead_consumers(self) -> None:
+        """If a model's consumer died without a word, say so to everybody who waits for it."""
+        for model in self.models.values():
+            if model.has_dead_consumer:  # it unloads the model, which may take a while
+                threading.Thread(target=model.notice_dead_consumer, name=f"end-{model.name}", daemon=True).start()
+
     def recall(
         self, model: str, keys: Sequence[bytes], deadline: float, is_wanted: Callable[[], bool]
     ) -> list[bytes | None]:
-        origin = self._models[model].origin_in_use()
+        origin = self.models[model].origin_in_use()
         if (record := current.get()) is not None:
             record.answer_origin = origin
         if origin is None:
@@ -92,7 +107,7 @@ class Engine(ApplicationInterface):
         return self._model(model).status()
 
     def overview(self, timeout_s: float) -> list[dict[str, Any]]:
-        told = [model.overview() for model in self._models.values()]
+        told = [model.overview() for model in self.models.values()]
         if not self._caches:
             return told
         return [overview | {"cache": self._cache.told(overview["model"])} for overview in told]
@@ -100,17 +115,17 @@ class Engine(ApplicationInterface):
     def preload(self) -> None:
         """Start the models that PRELOAD_MODELS names, but those whose plugin is left out."""
         for name in self.settings.preload_models():
-            if name in self._models:
+            if name in self.models:
                 self.start(name)
 
     def close(self) -> None:
         """Stop all models; who still runs after the grace period is left to the process's end."""
         if self.jobs is not None:
             self.jobs.close()
-        for model in self._models.values():
+        for model in self.models.values():
             model.stop(asked=False)
         give_up_at = time.monotonic() + self.settings.stop_grace_period
-        for model in self._models.values():
+        for model in self.models.values():
             model.join(max(0, give_up_at - time.monotonic()))
 
     def _start_in_turn(self, name: str, deadline: float) -> None:
@@ -126,25 +141,25 @@ class Engine(ApplicationInterface):
         if not self._starting.acquire(timeout=max(0, deadline - time.monotonic())):
             raise busy
         try:
-            while not self._models[name].is_active and not self._make_room(name, deadline):
+            while not self.models[name].is_active and not self._make_room(name, deadline):
                 if time.monotonic() >= deadline:
                     raise busy
-                time.sleep(min(self._models[name].options.result_check_interval, max(0, deadline - time.monotonic())))
-            self._models[name].start()
+                time.sleep(min(self.models[name].options.result_check_interval, max(0, deadline - time.monotonic())))
+            self.models[name].start()
         finally:
             self._starting.release()
 
     def _make_room(self, name: str, deadline: float) -> bool:
         """Tell whether there is room for one more model; if there is not, stop the one that was idle longest."""
-        active = [model for model in self._models.values() if model.is_active and model.name != name]
+        active = [model for model in self.models.values() if model.is_active and model.name != name]
         if len(active) < self._max_loaded:
             return True
         idle = [(since, model.name) for model in active if (since := model.idle_since) is not None]
         if idle:
             _, longest = min(idle)
-            self._models[longest].stop(asked=False)
+            self.models[longest].stop(asked=False)
             with suppress(DeadlineExceeded):  # the caller looks at the time
-                self._models[longest].wait_for_state(set(State) - {State.STOPPING}, deadline)
+                self.models[longest].wait_for_state(set(State) - {State.STOPPING}, deadline)
         return False
 
     def _try_to_start_in_turn(self, name: str) -> None:
@@ -155,7 +170,7 @@ class Engine(ApplicationInterface):
 
     def _model(self, name: str) -> Model:
         self.require_model(name)
-        return self._models[name]
+        return self.models[name]
 
     def _deadline(self) -> float:
         return time.monotonic() + float(self.settings.request_timeout.get())

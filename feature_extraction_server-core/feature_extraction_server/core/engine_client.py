@@ -21,7 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -40,15 +40,16 @@ logger = logging.getLogger(__name__)
 
 ENGINE_MODULE: Final = "feature_extraction_server.core.engine_process"
 START_TIMEOUT_S: Final = 60.0
+#: How long an engine takes at most from its last word to its end.
+END_TIMEOUT_S: Final = 1.0
 MAX_RESTART_DELAY_S: Final = 30.0
-# The engine keeps deadlines itself; the client steps in only where the engine cannot, its GIL being held, say.
+#: How long before the web worker gives up the engine must have said what goes wrong, so that it is heard.
 DEADLINE_MARGIN_S: Final = 0.05
-
-#: Whether the engine's function succeeded, its result or its error, ``Times`` and, where it is wanted, ``Origin``.
 #: What the engine says instead of an answer where it wants the rest of a call's arguments.
 REST_WANTED: Final = None
 
-Answer = tuple[bool, Any, tuple[float, float, int, int] | None, tuple[bytes, dict[str, str | None]] | None]
+#: Whether the engine's function succeeded, its result or its error, ``Times`` and, where it is wanted, ``Origin``.
+Answer = tuple[bool, Any, tuple[Any, ...] | None, tuple[Any, ...] | None]
 
 
 class EngineClient(ApplicationInterface):
@@ -102,7 +103,7 @@ class EngineClient(ApplicationInterface):
         try:
             connection = self._connect(timeout_s)
         except BlockingIOError:  # so many others wait for it already
-            raise self._too_late() from None
+            raise DeadlineExceeded("the engine process, which runs the models, does not answer") from None
         except OSError:
             raise ModelUnavailable("the engine process, which runs the models, does not run") from None
         try:
@@ -149,10 +150,14 @@ class EngineClient(ApplicationInterface):
         """End the engine, if it runs, and wait until it is gone. Only the owner's close does anything."""
         if os.getpid() != self.owner_pid:
             return
-        with suppress(OSError, EOFError):
-            connection = self._connect()
+        with suppress(OSError, EOFError), closing(self._connect()) as connection:
             connection.send((None, "shutdown"))
             connection.wait_for_news(START_TIMEOUT_S)  # ends with the engine
+        if self._process is not None:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(END_TIMEOUT_S)
+        while self._idle:
+            self._idle.pop().close()
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _ask(
@@ -162,15 +167,15 @@ class EngineClient(ApplicationInterface):
         is_wanted: Callable[[], bool] = lambda: True,
         rest: Callable[[], dict[str, Any]] | None = None,
     ) -> Any:
-        if deadline is None:
-            deadline = time.monotonic() + self.settings.request_timeout.get()
-        give_up_at = deadline + DEADLINE_MARGIN_S
+        give_up_at = deadline
+        if give_up_at is None:  # the engine itself waits no longer than REQUEST_TIMEOUT
+            give_up_at = time.monotonic() + self.settings.request_timeout.get() + DEADLINE_MARGIN_S
         record = current.get()
         who = (None, False) if record is None else (record.id, record.wants_origin)
         try:
             connection = self._send((*who, *request), give_up_at)
         except TimeoutError:
-            raise self._too_late() from None
+            raise self._too_late(request) from None
         except OSError as error:  # out of file descriptors, say
             raise ModelUnavailable(f"the engine process cannot be reached: {error.strerror}", retry_after=1) from None
         try:
@@ -181,8 +186,8 @@ class EngineClient(ApplicationInterface):
             assert received is not None  # no call has more than one rest
             succeeded, answer, times, origin = received
         except TimeoutError:
-            connection.close()
-            raise self._too_late() from None
+            connection.close()  # by which the engine learns that nobody waits any more
+            raise self._too_late(request) from None
         except (OSError, EOFError):
             connection.close()
             logger.error("The engine process ended while a request was with it")
@@ -207,8 +212,9 @@ class EngineClient(ApplicationInterface):
             del answer, received
 
     @staticmethod
-    def _too_late() -> DeadlineExceeded:
-        return DeadlineExceeded("the engine gave no answer in time (REQUEST_TIMEOUT)")
+    def _too_late(request: tuple[Any, ...]) -> DeadlineExceeded:
+        _, model, *_ = request
+        return DeadlineExceeded(f"the model {model} gave no answer in time (REQUEST_TIMEOUT)")
 
     def _send(self, request: tuple[Any, ...], give_up_at: float) -> Channel:
         """Send a request by an idle connection, or a new one, and return it."""

@@ -51,15 +51,19 @@ class Call(NamedTuple):
 
 
 class Job:
-    """A call that waits for its model, and then for its result."""
+    """A call that waits for its model, and then for its result.
 
-    def __init__(self, call: Call) -> None:
+    Args:
+        is_complete: False where ``complete`` is to be called with other arguments, as for a call that has a ``rest``.
+    """
+
+    def __init__(self, call: Call, *, is_complete: bool = True) -> None:
         self.task, self.positional = call.task, call.positional
         self.future: Future[Any] = Future()
         self.rest = call.rest
+        self.is_complete = is_complete and call.rest is None
         #: Done when the rest of the arguments is wanted; None where there is no rest.
-        self.due: Future[None] | None = None if call.rest is None else Future()
-        self.is_complete = call.rest is None
+        self.due: Future[None] | None = None if self.is_complete else Future()
         self._batch_fields = call.batch_fields
         self._set_arguments(call.arguments)
         self.n_items = call.n_items or (len(next(iter(self.batched.values()))) if self.batched else 1)

@@ -112,6 +112,11 @@ class ModelRun:
         return [{"node": None, "pid": pid, "state": "running" if self.loaded else "loading"} for pid in self.pids()]
 
     @property
+    def has_dead_consumer(self) -> bool:
+        """Whether its consumer died without a word."""
+        return not self.ended and self.handle is not None and not self.handle.is_alive()
+
+    @property
     def is_wanted(self) -> bool:
         """Whether the model is to go on running: it was not stopped, and has not failed."""
         return not self.ended and self._model.state is not State.STOPPING
@@ -325,16 +330,14 @@ class Model:
         try:
             if job.due is not None and job.rest is not None:
                 self._wait_for(job.due, deadline, is_wanted)
-                self._complete(job, job.rest())
+                self.complete(job, job.rest())
             return self._wait_for(job.future, deadline, is_wanted)
         except ServerError as error:
-            if error.status >= 500:
-                with self._changed:
-                    self._n_failures += 1
+            self.count_failure(error)
             raise
         finally:
             job.cancel()
-            self._forget(job)
+            self.leave(job)
 
     def _wait_for(self, future: Future[Any], deadline: float, is_wanted: Callable[[], bool]) -> Any:
         while (remaining := deadline - time.monotonic()) > 0:
@@ -347,10 +350,25 @@ class Model:
                     raise ClientDisconnected("the client has gone") from None
         raise DeadlineExceeded(f"the model {self.name} gave no answer in time (REQUEST_TIMEOUT)")
 
-    def _complete(self, job: Job, rest: dict[str, Any]) -> None:
+    def complete(self, job: Job, rest: dict[str, Any]) -> None:
+        """Give a job the rest of its arguments."""
         with self._changed:
             job.complete(rest)
             self._changed.notify_all()
+
+    def leave(self, job: Job) -> None:
+        """Have no more to do with a job: it has its result, or was given up. Who waits for it hears of that later."""
+        with self._changed:
+            self._last_used = time.monotonic()
+            if self._run is not None:
+                self._run.jobs.discard(job)
+                self._run.queue.ask_for_rest(self.options.n_decoded_ahead)
+
+    def count_failure(self, error: ServerError) -> None:
+        """Count a job that has this error for an answer, if it is a failure."""
+        if error.status >= 500:
+            with self._changed:
+                self._n_failures += 1
 
     def wait_for_state(self, states: Iterable[State], deadline: float) -> State:
         """Wait until the model is in one of ``states``, and return which.
@@ -421,6 +439,18 @@ class Model:
         return self._state
 
     @property
+    def is_running(self) -> bool:
+        """Whether ``submit`` has nothing to do but to queue a job."""
+        with self._changed:
+            return self._state is State.RUNNING and not self._current_run().has_dead_consumer
+
+    @property
+    def has_dead_consumer(self) -> bool:
+        """Whether its consumer died without a word, and nobody has noticed yet."""
+        with self._changed:
+            return self._run is not None and self._run.has_dead_consumer
+
+    @property
     def is_active(self) -> bool:
         """Whether the model is loaded, is about to be, or is not yet unloaded."""
         return self._state not in (State.STOPPED, State.FAILED)
@@ -452,7 +482,7 @@ class Model:
         """If the consumer died without a word, say so to everybody who waits for it."""
         with self._changed:
             run = self._run
-            dead = run is not None and not run.ended and run.handle is not None and not run.handle.is_alive()
+            dead = run is not None and run.has_dead_consumer
         if dead and run is not None:
             run.end("its consumer died")
 
@@ -601,13 +631,6 @@ class Model:
             jobs = list(run.jobs)
             run.jobs.clear()
         self._fail(jobs, ModelUnavailable(f"the model {self.name} was stopped before it had answered"))
-
-    def _forget(self, job: Job) -> None:
-        with self._changed:
-            self._last_used = time.monotonic()
-            if self._run is not None:
-                self._run.jobs.discard(job)
-                self._run.queue.ask_for_rest(self.options.n_decoded_ahead)
 
     @staticmethod
     def _fail(jobs: Iterable[Job], error: ServerError) -> None:

@@ -188,7 +188,7 @@ def main(file_descriptor: int, model: str) -> None:
             if function == "load_model" and answer[0]:
                 answer = True, provenance_of(module)
             del positional, arguments  # an idle model holds on to no client's images
-            send_answer(channel, answer)
+            send_answer(channel.send, answer)
     except (EOFError, OSError):
         pass
     unload_model = getattr(module, "unload_model", None)

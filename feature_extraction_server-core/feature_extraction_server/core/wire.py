@@ -19,7 +19,8 @@ import struct
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, Final
+from functools import partial
+from typing import Any, Final, TypeVar
 
 from PIL import Image
 
@@ -30,10 +31,15 @@ _HEADER: Final = struct.Struct("<IQ")  # how many buffers, how long the pickle; 
 #: More than most messages have. Each system call more costs Python's interpreter lock, for which all threads of a busy
 #: web worker queue up.
 _READ_AT_ONCE: Final = 1 << 15
+#: A socket's buffer has room for as much as a rule three times over.
+_SMALL: Final = 1 << 16
 STALL_TIMEOUT_S: Final = 60
 _MAX_PARTS_A_CALL: Final = 512  # sendmsg takes IOV_MAX (1024) at most
 _DESCRIPTOR: Final = struct.Struct("i")
 _SEND_CHECK_INTERVAL_S: Final = 1  # how often one who sends looks at the time
+
+
+_Sent = TypeVar("_Sent")
 
 
 class Channel:
@@ -65,17 +71,29 @@ class Channel:
             TimeoutError: the other end did not take it in time; the channel can only be closed then.
             OSError: the other end has gone.
         """
-        file = io.BytesIO()
-        pickler = _Pickler(file)
-        pickler.dump(message)
-        pickled, arrays = file.getvalue(), pickler.arrays
-        lengths = struct.pack(f"<{len(arrays)}Q", *(array.nbytes for array in arrays))
-        parts = [memoryview(_HEADER.pack(len(arrays), len(pickled)) + lengths + pickled), *arrays]
+        parts, pictures = _pickle(message)
         give_up_at = math.inf if timeout_s is None else time.monotonic() + timeout_s
-        if pickler.pictures:
-            self._send_with_pictures(parts, pickler.pictures, give_up_at)
+        if pictures:
+            self._send_with_pictures(parts, pictures, give_up_at)
         else:
             self._send_parts(parts, give_up_at)
+
+    def send_if_small(self, message: Any) -> Callable[[], None] | None:
+        """Send an object that the other end, which waits for it, need not take at once for the socket to do so.
+
+        Returns:
+            None, or what sends a larger one and may wait for the other end. It raises OSError.
+
+        Raises:
+            PicklingError, TypeError, AttributeError, OSError: as ``send`` does.
+        """
+        parts, pictures = _pickle(message)
+        if pictures:
+            return partial(self._send_with_pictures, parts, pictures, math.inf)
+        if sum(part.nbytes for part in parts) > _SMALL:
+            return partial(self._send_parts, parts, math.inf)
+        self._send_parts(parts, math.inf)
+        return None
 
     def receive(self) -> Any:
         """Wait for an object and return it.
@@ -85,7 +103,7 @@ class Channel:
             EOFError, OSError: the other end has gone, or has stalled within a message.
         """
         try:
-            data = self._unread or self._receive_some()
+            data, self._unread = self._unread or self._receive_some(), b""
         except BlockingIOError:
             raise TimeoutError from None
         if not data:
@@ -109,6 +127,34 @@ class Channel:
             raise EOFError("a picture was announced that did not come")
         self._kept_memory = memory if pixels.is_used_again(memory) else None
         return pixels.pictures_in(memory)
+
+    def read_some(self) -> None:
+        """Read some of what has come, for ``receive`` to return.
+
+        Raises:
+            EOFError, OSError: the other end has gone.
+        """
+        data = self._receive_some()
+        if not data:
+            raise _gone()
+        self._unread += data
+
+    @property
+    def has_begun_message(self) -> bool:
+        """Whether a message was read, or a part of it."""
+        return bool(self._unread)
+
+    @property
+    def has_whole_message(self) -> bool:
+        """Whether a message was read to its end, so that ``receive`` need not wait for it."""
+        if len(self._unread) < _HEADER.size:
+            return False
+        n_arrays, pickled_length = _HEADER.unpack_from(self._unread)
+        end_of_lengths = _HEADER.size + 8 * n_arrays
+        if len(self._unread) < end_of_lengths:
+            return False
+        lengths = struct.unpack_from(f"<{n_arrays}Q", self._unread, _HEADER.size)
+        return bool(len(self._unread) >= end_of_lengths + pickled_length + sum(lengths))
 
     def wait_for_news(self, timeout_s: float) -> bool:
         """Wait until there is a message, or the other end has gone, or the time is up; tell whether there are news."""
@@ -200,19 +246,22 @@ def connect(path: str, patience_s: float, timeout_s: float | None = None) -> Cha
     return channel
 
 
-def send_answer(channel: Channel, answer: tuple[Any, ...]) -> None:
+def send_answer(send: Callable[[Any], _Sent], answer: tuple[Any, ...]) -> _Sent:
     """Send whether a call succeeded, its result or its error, and what else there is to say of it.
 
     Tensors in the result become NumPy arrays.
+
+    Args:
+        send: a channel's ``send`` or ``send_if_small``, whose value is returned.
 
     Raises:
         OSError: the other end has gone.
     """
     succeeded, result, *rest = answer
     try:
-        channel.send((succeeded, without_torch(result), *rest))
+        return send((succeeded, without_torch(result), *rest))
     except (pickle.PicklingError, TypeError, AttributeError) as error:  # before a byte of it was sent
-        channel.send((False, ModelError(f"the model's result cannot leave its process: {error}"), *rest))
+        return send((False, ModelError(f"the model's result cannot leave its process: {error}"), *rest))
 
 
 def without_torch(result: Any) -> Any:
@@ -228,6 +277,16 @@ def without_torch(result: Any) -> Any:
     if isinstance(result, dict):
         return {key: without_torch(element) for key, element in result.items()}
     return result
+
+
+def _pickle(message: Any) -> tuple[list[memoryview], list[Image.Image]]:
+    """Return what is to be sent for an object, one part after the other, and the pictures that go with it."""
+    file = io.BytesIO()
+    pickler = _Pickler(file)
+    pickler.dump(message)
+    pickled, arrays = file.getvalue(), pickler.arrays
+    lengths = struct.pack(f"<{len(arrays)}Q", *(array.nbytes for array in arrays))
+    return [memoryview(_HEADER.pack(len(arrays), len(pickled)) + lengths + pickled), *arrays], pickler.pictures
 
 
 class _Pickler(pickle.Pickler):

@@ -20,7 +20,7 @@ from selectors import EVENT_READ
 from typing import Any, Final
 
 from gunicorn.util import close_graceful  # type: ignore[import-untyped]
-from gunicorn.workers.gthread import TConn, ThreadWorker  # type: ignore[import-untyped]
+from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, TConn, ThreadWorker  # type: ignore[import-untyped]
 
 from feature_extraction_server.core.cores import N_CORES
 from feature_extraction_server.core.turns import Turns, waiting
@@ -108,6 +108,9 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         done: Future[Any] = Future()
         try:
             is_open = self.handle(conn)
+            if is_open is True and self.alive and not conn.parser.unreader.buf.getvalue():
+                self._keep(conn)
+                return
             if not is_open:
                 # Waits until the client closes its side, too, for 2 s at most: here, where it keeps nobody waiting.
                 with waiting():
@@ -116,6 +119,23 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         except BaseException as error:
             done.set_exception(error)
         self.method_queue.defer(self.finish_request, conn, done)
+
+    def _keep(self, conn: TConn) -> None:
+        """Have the main thread wait for a client's next request, without waking it first, as gunicorn itself does."""
+        conn.set_timeout()
+        self.keepalived_conns.append(conn)
+        try:
+            self.poller.register(conn.sock, EVENT_READ, partial(self.on_client_socket_readable, conn))
+        except BaseException:
+            with suppress(ValueError):
+                self.keepalived_conns.remove(conn)
+            raise
+        if not self.alive:  # since a moment
+            self.method_queue.defer(self._cap_keepalive, time.monotonic() + STOP_KEEPALIVE_LINGER)
+
+    def _cap_keepalive(self, deadline: float) -> None:
+        for conn in self.keepalived_conns.copy():  # other threads may add to it
+            conn.timeout = min(conn.timeout, deadline)
 
     def wait_for_and_dispatch_events(self, timeout: float) -> None:
         if (soon := self.tpool.end_long_turns()) is not None:

@@ -56,7 +56,7 @@ def _serve(channel: Channel, cluster: Cluster) -> None:
                 cluster.watch(model, channel.send)
                 channel.send(None)
                 return
-            send_answer(channel, _answer(cluster, channel, method, *arguments))
+            send_answer(channel.send, _answer(cluster, channel, method, *arguments))
     except (EOFError, OSError):  # the engine has left
         pass
     finally:
