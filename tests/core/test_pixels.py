@@ -134,6 +134,21 @@ def test_a_region_is_used_again_when_neither_side_has_a_picture_in_it() -> None:
     assert third is first
 
 
+def test_regions_that_are_not_used_give_their_memory_back_until_they_are_used_again() -> None:
+    sent = noise(800, 600)
+    region = hand_over(sent)
+    found = receive(region, sent.size)
+
+    given_back = [pixels.give_back_unused(0)]
+    found.clear()
+    given_back += [pixels.give_back_unused(60), pixels.give_back_unused(0), pixels.give_back_unused(0)]
+
+    assert given_back == [False, False, True, False]
+    assert os.fstat(region.file_descriptor).st_blocks == 0
+    assert hand_over(sent) is region
+    assert look(receive(region, sent.size)[0]) == look(sent)
+
+
 def test_a_picture_stays_as_it_was_as_long_as_somebody_has_it() -> None:
     (red,) = receive(hand_over(Image.new("RGB", (8, 8), "red")), (8, 8))
     part = red.crop((0, 0, 4, 4))

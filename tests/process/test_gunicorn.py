@@ -6,11 +6,12 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
@@ -70,25 +71,57 @@ def test_requests_that_stall_do_not_block_others(gunicorn: StartServer) -> None:
     assert answer.ok
 
 
-def test_clients_that_vanish_within_a_request_give_their_threads_back(gunicorn: StartServer, tmp_path: Path) -> None:
+@pytest.fixture
+def impatient(gunicorn: StartServer, tmp_path: Path) -> Server:
+    """A server that gives up clients sooner than usual."""
     configuration = tmp_path / "impatient.py"
     configuration.write_text(
         "from feature_extraction_server.flask import worker\n"
-        "worker.MAX_STALL_S = 1\n"
+        "worker.MAX_STALL_S, worker.MIN_BYTES_PER_S = 1, 1000\n"
         f"exec(open({str(ROOT / 'gunicorn.conf.py')!r}).read())\n"
     )
-    server = gunicorn("-c", str(configuration), "--threads", "4")
+    return gunicorn("-c", str(configuration), "--threads", "4")
+
+
+def test_clients_that_vanish_within_a_request_give_their_threads_back(impatient: Server) -> None:
     request = post(ECHO, GOOD, f"Content-Length: {len(GOOD)}")
     with ExitStack() as kept_open:
-        vanished = [kept_open.enter_context(connect(server)) for _ in range(8)]
+        vanished = [kept_open.enter_context(connect(impatient)) for _ in range(8)]
         for index, connection in enumerate(vanished):
             connection.sendall(request[: -9 if index % 2 else 20])
 
-        assert server.post(ECHO, {"image": PNG}, timeout=20).ok
+        assert impatient.post(ECHO, {"image": PNG}, timeout=20).ok
         ends = [connection.recv(1000)[:12] for connection in vanished]
 
     assert ends == [b"", b"HTTP/1.1 400"] * 4
-    assert "Traceback" not in server.log()
+    assert "Traceback" not in impatient.log()
+
+
+def test_a_client_that_sends_a_byte_now_and_then_is_given_up(impatient: Server) -> None:
+    body = GOOD + b" " * 1000
+    with connect(impatient) as connection:
+        connection.sendall(post(ECHO, b"", f"Content-Length: {len(body)}"))
+        connection.settimeout(0.05)
+        n_sent, answer = 0, b""
+        while not answer and n_sent < len(body):
+            connection.sendall(body[n_sent : n_sent + 1])
+            n_sent += 1
+            with suppress(TimeoutError):
+                answer = connection.recv(1000)
+
+    assert answer[:12] == b"HTTP/1.1 400"
+    assert n_sent < 100  # at 20 bytes a second
+    assert impatient.post(ECHO, {"image": PNG}, timeout=20).ok
+
+
+def test_a_body_that_ends_early_is_refused_even_where_it_could_be_read(server: StartServer) -> None:
+    with connect(server()) as connection:
+        connection.sendall(post(ECHO, GOOD, f"Content-Length: {len(GOOD) + 9}"))
+        connection.shutdown(socket.SHUT_WR)
+        status, _, body = read_answer(connection)
+
+    assert status == 400
+    assert f"ended before all of its {len(GOOD) + 9} bytes had come" in json.loads(body)["error"]
 
 
 def test_clients_that_do_not_close_their_connections_keep_nobody_waiting(gunicorn: StartServer) -> None:

@@ -13,6 +13,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from dev_server import ROOT
 from feature_extraction_server.core import pixels
 from feature_extraction_server.core.cores import N_CORES
 from tests.conftest import Server, encode_image
@@ -74,6 +75,33 @@ def test_pictures_that_wait_are_not_decoded_but_for_the_next_calls(gunicorn: Cal
     assert {answer.result().status_code for answer in answers} == {200}
     # Decoded, each would be in the web worker and in the engine: twice as much, and the processes themselves.
     assert peak < 1.5 * n * pixels.n_bytes(picture.size)
+
+
+def test_what_is_kept_for_pictures_is_given_back_when_there_are_none(
+    gunicorn: Callable[..., Server], tmp_path: Path
+) -> None:
+    configuration = tmp_path / "tidy.py"
+    configuration.write_text(
+        "from feature_extraction_server.flask import worker\n"
+        "worker.GIVE_BACK_AFTER_S = 1\n"
+        f"exec(open({str(ROOT / 'gunicorn.conf.py')!r}).read())\n"
+    )
+    server = gunicorn("-c", str(configuration), "-w", "1", FAKE_SECONDS="0")
+    body = {"image": encode_image(Image.new("RGB", (4000, 3000)), "JPEG")}
+    server.post(SLOW, {"image": encode_image(Image.new("RGB", (40, 30)))}).raise_for_status()
+    processes = psutil.Process(server.process.pid).children(recursive=True)
+
+    def held() -> int:
+        return sum(process.memory_info().rss for process in processes)
+
+    before = held()
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: server.post(SLOW, body), range(16)))
+
+    assert {answer.status_code for answer in answers} == {200}
+    assert held() > before + 80 * MIB
+    wait_until(lambda: held() < before + 40 * MIB)
+    assert server.post(SLOW, body).ok
 
 
 def test_requests_that_failed_keep_no_pictures(gunicorn: Callable[..., Server]) -> None:

@@ -13,6 +13,7 @@ import os
 import pickle
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, Final, SupportsIndex, TypeAlias
 from weakref import WeakValueDictionary, finalize, ref
@@ -48,6 +49,7 @@ class Region:
         os.ftruncate(self.file_descriptor, n_bytes)
         self._memory = mmap.mmap(self.file_descriptor, n_bytes)
         self._view: ref[memoryview] | None = None
+        self._used_at: float | None = None  # None: it has no pages
 
     def __len__(self) -> int:
         return len(self._memory)
@@ -66,7 +68,19 @@ class Region:
         """Return the memory. The region is not free as long as that, or a picture in it, exists."""
         view = memoryview(self._memory)
         self._view = ref(view)
+        self._used_at = time.monotonic()
         return view
+
+    def give_back(self, unused_s: float) -> bool:
+        """Give its pages back to the system if it is free and was not used for so long; tell whether it did."""
+        if self._used_at is None or time.monotonic() - self._used_at < unused_s or not self.is_free:
+            return False
+        self._used_at = None
+        try:
+            self._memory.madvise(mmap.MADV_REMOVE)  # those of the receiver are the same
+        except OSError:  # a system that has no such thing for such a file
+            return False
+        return True
 
     def hand_over(self) -> None:
         """Note that it is about to be sent. It is free again when the receiver has no picture in it any more."""
@@ -143,6 +157,17 @@ def forget(region: Region) -> None:
     with _choosing:
         if region in _kept:
             _kept.remove(region)
+
+
+def give_back_unused(unused_s: float) -> bool:
+    """Give the memory of those regions back to the system that were not used for so long; tell whether there were any.
+
+    They can be used again, as if they were new. On other systems than Linux, nothing is given back.
+    """
+    if not hasattr(mmap, "MADV_REMOVE"):
+        return False
+    with _choosing:
+        return sum(region.give_back(unused_s) for region in _kept) > 0
 
 
 def map_region(file_descriptor: int) -> mmap.mmap:

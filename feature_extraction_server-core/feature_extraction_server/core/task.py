@@ -366,12 +366,7 @@ class TaskSpec:
             if not field.batch:
                 arguments[key] = field.decode(value, key, limits)
             elif isinstance(value, list):
-                arguments[key] = items = []
-                for i in places:
-                    items.append(field.decode(value[i], f"{key}[{i}]", limits))
-                    if isinstance(field, MediaField):
-                        left = limits.max_decoded_bytes - field.n_bytes(items[-1])
-                        limits = replace(limits, max_decoded_bytes=left)
+                arguments[key], limits = _decode_list(field, key, value, places, limits)
             else:
                 arguments[key] = [field.decode(value, key, limits)] * len(places)
         return arguments
@@ -423,6 +418,19 @@ class TaskSpec:
             raise ModelError(f"the model's result breaks the task's contract: result{place}: {first['msg']}") from None
         except ValueError as error:
             raise ModelError(f"the model's result breaks the task's contract: {error}") from None
+
+
+def _decode_list(
+    field: InputField, key: str, values: list[Any], places: Sequence[int], limits: Limits
+) -> tuple[list[Any], Limits]:
+    """Return the items at some places of a list, decoded, and what the rest of the request may ask for."""
+    items = []
+    for place in places:
+        item = field.decode(values[place], f"{key}[{place}]", limits)
+        items.append(item)
+        if isinstance(field, MediaField):
+            limits = replace(limits, max_decoded_bytes=limits.max_decoded_bytes - field.n_bytes(item))
+    return items, limits
 
 
 def is_batch(task: TaskSpec, payload: Mapping[str, Any]) -> bool:

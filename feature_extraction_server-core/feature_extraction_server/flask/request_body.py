@@ -16,7 +16,7 @@ from typing import IO, Any, Final, NamedTuple
 from flask import request
 from pydantic_core import from_json
 from werkzeug.datastructures import Headers
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import ClientDisconnected, HTTPException
 from werkzeug.http import parse_options_header
 from werkzeug.sansio import multipart
 
@@ -238,12 +238,17 @@ def read_body() -> bytes:
     """
     is_too_large = False
     try:
-        if request.content_length is not None:
-            return _read(request.stream, request.content_length)
+        if (n_bytes := request.content_length) is not None:
+            data = _read(request.stream, n_bytes)
+            if len(data) < n_bytes:  # gunicorn says nothing, the development server raises
+                raise ClientDisconnected()
+            return data
         data = request.get_data(cache=False)
         # Werkzeug cuts a body of undeclared length off at the limit, without a word.
         if len(data) == request.max_content_length:
             is_too_large = bool(request.environ["wsgi.input"].read(1))
+    except ClientDisconnected:
+        raise InvalidInput(f"the body ended before all of its {request.content_length} bytes had come") from None
     except HTTPException:
         raise
     except Exception as error:  # the server has errors of its own for malformed chunks

@@ -23,6 +23,8 @@ from gunicorn.util import close_graceful  # type: ignore[import-untyped]
 from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, TConn, ThreadWorker  # type: ignore[import-untyped]
 
 from feature_extraction_server.core.cores import N_CORES
+from feature_extraction_server.core.memory import give_back_memory
+from feature_extraction_server.core.pixels import give_back_unused
 from feature_extraction_server.core.turns import Turns, waiting
 from feature_extraction_server.core.wire import set_timeout
 
@@ -30,8 +32,12 @@ from feature_extraction_server.core.wire import set_timeout
 N_AT_ONCE: Final = 1 + min(N_CORES, 8)
 #: How long a client may send nothing of a request that it has begun, and take nothing of its answer.
 MAX_STALL_S = 60
+#: How many bytes a second it must send at least, once it has sent its request for longer than that.
+MIN_BYTES_PER_S = 500
 #: How long a client may be connected before it sends its first request.
 MAX_SILENCE_S: Final = 10.0
+#: After how long without pictures a worker gives the memory back that it keeps for them.
+GIVE_BACK_AFTER_S = 60.0
 _URGENT: Final = (b"GET ", b"HEAD ", b"OPTIONS ")
 _PEEKED: Final = max(map(len, _URGENT))
 # Unlike the socket's own, it keeps Python's interpreter lock, since it never waits.
@@ -41,9 +47,14 @@ _recv: Final = ctypes.PyDLL(None, use_errno=True).recv
 class _Connection(TConn):  # type: ignore[misc]
     """A client's connection, of which the main thread has nothing left to do but to give it back to the system.
 
-    A client that sends nothing more of its request for ``MAX_STALL_S`` counts as gone. One that has vanished without a
-    word would hold a thread for ever.
+    A client that sends nothing more of its request for ``MAX_STALL_S``, or hardly anything, counts as gone: one that
+    has vanished without a word would hold a thread for ever.
     """
+
+    _read_by = 0.0
+
+    def begin_request(self) -> None:
+        self._read_by = time.monotonic() + MAX_STALL_S
 
     def init(self) -> None:
         if self.initialized:
@@ -56,20 +67,27 @@ class _Connection(TConn):  # type: ignore[misc]
         read = self.parser.unreader.chunk
 
         def read_in_time(size: int | None = None) -> bytes:
+            if time.monotonic() > self._read_by:
+                return b""
             try:
                 data: bytes = read(size)
             except (BlockingIOError, ssl.SSLWantReadError):
                 return b""
+            self._read_by += len(data) / MIN_BYTES_PER_S
             return data
 
         self.parser.unreader.chunk = read_in_time
 
     def close(self, graceful: bool = False) -> None:
         super().close()
+        if self.parser is not None and not self.is_http2:
+            vars(self.parser.unreader).pop("chunk", None)  # which knows the connection: else both stay until collected
 
 
 class Worker(ThreadWorker):  # type: ignore[misc]
     """Accepts all clients that wait at once, and answers their requests in turn."""
+
+    _look_at_memory_at = 0.0
 
     def get_thread_pool(self) -> Turns:
         return Turns(N_AT_ONCE, self.cfg.threads)
@@ -106,6 +124,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 
     def _answer(self, conn: TConn) -> None:
         done: Future[Any] = Future()
+        conn.begin_request()
         try:
             is_open = self.handle(conn)
             if is_open is True and self.alive and not conn.parser.unreader.buf.getvalue():
@@ -141,6 +160,10 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         if (soon := self.tpool.end_long_turns()) is not None:
             timeout = min(timeout, soon)
         super().wait_for_and_dispatch_events(timeout)
+        if (now := time.monotonic()) >= self._look_at_memory_at:
+            self._look_at_memory_at = now + GIVE_BACK_AFTER_S / 4
+            if give_back_unused(GIVE_BACK_AFTER_S):
+                give_back_memory()
 
 
 def _beginning(conn: TConn) -> bytes | None:
