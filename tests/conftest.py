@@ -205,6 +205,15 @@ def gunicorn_command(port: int, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "gunicorn", *options, target]
 
 
+def worker_configuration(folder: Path, **constants: float) -> str:
+    """Return the path of the repository's gunicorn.conf.py with other values for constants of ``flask/worker.py``."""
+    path = folder / "gunicorn_with_other_constants.py"
+    lines = [f"worker.{name} = {value}" for name, value in constants.items()]
+    read = f"exec(open({str(ROOT / 'gunicorn.conf.py')!r}).read())"
+    path.write_text("\n".join(["from feature_extraction_server.flask import worker", *lines, read, ""]))
+    return str(path)
+
+
 def dev_server_command(port: int, *options: str) -> list[str]:
     return [sys.executable, str(ROOT / "dev_server.py"), "--host", "127.0.0.1", "--port", str(port), *options]
 

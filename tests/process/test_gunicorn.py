@@ -21,7 +21,14 @@ import trustme
 from PIL import Image
 
 from dev_server import ROOT
-from tests.conftest import Server, encode_image, free_port, gunicorn_command, server_environment
+from tests.conftest import (
+    Server,
+    encode_image,
+    free_port,
+    gunicorn_command,
+    server_environment,
+    worker_configuration,
+)
 from tests.http.bad_requests import CAPTION, PNG
 from tests.process.raw_http import connect, post, read_answer
 from tests.waiting import at_once, wait_until
@@ -74,13 +81,8 @@ def test_requests_that_stall_do_not_block_others(gunicorn: StartServer) -> None:
 @pytest.fixture
 def impatient(gunicorn: StartServer, tmp_path: Path) -> Server:
     """A server that gives up clients sooner than usual."""
-    configuration = tmp_path / "impatient.py"
-    configuration.write_text(
-        "from feature_extraction_server.flask import worker\n"
-        "worker.MAX_STALL_S, worker.MIN_BYTES_PER_S = 1, 1000\n"
-        f"exec(open({str(ROOT / 'gunicorn.conf.py')!r}).read())\n"
-    )
-    return gunicorn("-c", str(configuration), "--threads", "4")
+    configuration = worker_configuration(tmp_path, MAX_STALL_S=1, MIN_BYTES_PER_S=1000)
+    return gunicorn("-c", configuration, "--threads", "4")
 
 
 def test_clients_that_vanish_within_a_request_give_their_threads_back(impatient: Server) -> None:

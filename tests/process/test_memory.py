@@ -13,10 +13,9 @@ import psutil
 import pytest
 from PIL import Image
 
-from dev_server import ROOT
 from feature_extraction_server.core import pixels
 from feature_extraction_server.core.cores import N_CORES
-from tests.conftest import Server, encode_image
+from tests.conftest import Server, encode_image, worker_configuration
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.process
@@ -80,13 +79,8 @@ def test_pictures_that_wait_are_not_decoded_but_for_the_next_calls(gunicorn: Cal
 def test_what_is_kept_for_pictures_is_given_back_when_there_are_none(
     gunicorn: Callable[..., Server], tmp_path: Path
 ) -> None:
-    configuration = tmp_path / "tidy.py"
-    configuration.write_text(
-        "from feature_extraction_server.flask import worker\n"
-        "worker.GIVE_BACK_AFTER_S = 1\n"
-        f"exec(open({str(ROOT / 'gunicorn.conf.py')!r}).read())\n"
-    )
-    server = gunicorn("-c", str(configuration), "-w", "1", FAKE_SECONDS="0")
+    configuration = worker_configuration(tmp_path, GIVE_BACK_AFTER_S=1)
+    server = gunicorn("-c", configuration, "-w", "1", FAKE_SECONDS="0")
     body = {"image": encode_image(Image.new("RGB", (4000, 3000)), "JPEG")}
     server.post(SLOW, {"image": encode_image(Image.new("RGB", (40, 30)))}).raise_for_status()
     processes = psutil.Process(server.process.pid).children(recursive=True)

@@ -28,7 +28,7 @@ from typing import Any, Final
 from feature_extraction_server.core import patience, subprocesses
 from feature_extraction_server.core.application import ApplicationInterface
 from feature_extraction_server.core.cores import all_cores
-from feature_extraction_server.core.errors import ClientDisconnected, DeadlineExceeded, ModelUnavailable
+from feature_extraction_server.core.errors import ClientDisconnected, DeadlineExceeded, ModelUnavailable, too_late
 from feature_extraction_server.core.jobs import Call
 from feature_extraction_server.core.plugins import Registry
 from feature_extraction_server.core.server_settings import ServerSettings
@@ -167,6 +167,7 @@ class EngineClient(ApplicationInterface):
         is_wanted: Callable[[], bool] = lambda: True,
         rest: Callable[[], dict[str, Any]] | None = None,
     ) -> Any:
+        _, model, *_ = request
         give_up_at = deadline
         if give_up_at is None:  # the engine itself waits no longer than REQUEST_TIMEOUT
             give_up_at = time.monotonic() + self.settings.request_timeout.get() + DEADLINE_MARGIN_S
@@ -175,7 +176,7 @@ class EngineClient(ApplicationInterface):
         try:
             connection = self._send((*who, *request), give_up_at)
         except TimeoutError:
-            raise self._too_late(request) from None
+            raise too_late(model) from None
         except OSError as error:  # out of file descriptors, say
             raise ModelUnavailable(f"the engine process cannot be reached: {error.strerror}", retry_after=1) from None
         try:
@@ -187,7 +188,7 @@ class EngineClient(ApplicationInterface):
             succeeded, answer, times, origin = received
         except TimeoutError:
             connection.close()  # by which the engine learns that nobody waits any more
-            raise self._too_late(request) from None
+            raise too_late(model) from None
         except (OSError, EOFError):
             connection.close()
             logger.error("The engine process ended while a request was with it")
@@ -210,11 +211,6 @@ class EngineClient(ApplicationInterface):
             # An error that a frame of its own traceback knows stays until the next garbage collection, and keeps all
             # that those frames hold, the request's pictures among it.
             del answer, received
-
-    @staticmethod
-    def _too_late(request: tuple[Any, ...]) -> DeadlineExceeded:
-        _, model, *_ = request
-        return DeadlineExceeded(f"the model {model} gave no answer in time (REQUEST_TIMEOUT)")
 
     def _send(self, request: tuple[Any, ...], give_up_at: float) -> Channel:
         """Send a request by an idle connection, or a new one, and return it."""

@@ -23,7 +23,7 @@ from typing import Any, Final, NamedTuple
 
 from feature_extraction_server.core.engine import Engine
 from feature_extraction_server.core.engine_client import DEADLINE_MARGIN_S, ENGINE_MODULE, REST_WANTED, Answer
-from feature_extraction_server.core.errors import DeadlineExceeded, ServerError
+from feature_extraction_server.core.errors import ServerError, too_late
 from feature_extraction_server.core.jobs import Call, Job
 from feature_extraction_server.core.model import Model
 from feature_extraction_server.core.tracking import RequestRecord, current
@@ -123,9 +123,6 @@ class _Called(NamedTuple):
     deadline: float
     wants_origin: bool
 
-    def too_late(self) -> DeadlineExceeded:
-        return DeadlineExceeded(f"the model {self.model.name} gave no answer in time (REQUEST_TIMEOUT)")
-
 
 class Connection:
     """A web worker's connection, by which it asks one thing at a time."""
@@ -163,7 +160,7 @@ class Connection:
         """End a call whose web worker has not given it up at its deadline, as one that is frozen does not."""
         called = self._called
         if called is not None and called.deadline < time.monotonic():
-            called.job.fail(called.too_late())
+            called.job.fail(too_late(called.model.name))
 
     def close(self) -> None:
         """Close it, and give up what has no answer yet."""
@@ -175,9 +172,7 @@ class Connection:
             self.channel.close()
         if called is not None:
             called.job.cancel()
-            called.model.leave(called.job)
-            if called.deadline <= time.monotonic():
-                called.model.count_failure(called.too_late())
+            called.model.leave(called.job, failed=called.deadline <= time.monotonic())
 
     def _run(self, record: RequestRecord | None, do: Callable[..., None], *asked: Any) -> None:
         """Do what was asked, and answer with the error of what goes wrong."""
@@ -229,9 +224,7 @@ class Connection:
                 return
             self._called = None
         error = result.exception()
-        called.model.leave(called.job)
-        if isinstance(error, ServerError):
-            called.model.count_failure(error)
+        called.model.leave(called.job, failed=isinstance(error, ServerError) and error.status >= 500)
         origin = called.job.origin if called.wants_origin else None
         answer = result.result() if error is None else error
         self._send((error is None, answer, tuple(called.job.times()), origin and tuple(origin)))

@@ -132,3 +132,8 @@ class ClientDisconnected(ServerError):
 
 class SettingError(Exception):
     """A setting's value is not allowed. The message is one line for whoever started the server."""
+
+
+def too_late(model: str) -> DeadlineExceeded:
+    """Return the error of a request that its model has not answered before its deadline."""
+    return DeadlineExceeded(f"the model {model} gave no answer in time (REQUEST_TIMEOUT)")

@@ -27,6 +27,7 @@ from feature_extraction_server.core.errors import (
     ModelUnavailable,
     QueueFull,
     ServerError,
+    too_late,
 )
 from feature_extraction_server.core.jobs import Batch, Job, JobQueue
 from feature_extraction_server.core.logs import LogServer
@@ -327,17 +328,18 @@ class Model:
             ClientDisconnected: nobody waits for it; what is left of the job is not run.
             ServerError: the job failed, or the model; or what ``rest`` of the job's call raised.
         """
+        failed = False
         try:
             if job.due is not None and job.rest is not None:
                 self._wait_for(job.due, deadline, is_wanted)
                 self.complete(job, job.rest())
             return self._wait_for(job.future, deadline, is_wanted)
         except ServerError as error:
-            self.count_failure(error)
+            failed = error.status >= 500
             raise
         finally:
             job.cancel()
-            self.leave(job)
+            self.leave(job, failed=failed)
 
     def _wait_for(self, future: Future[Any], deadline: float, is_wanted: Callable[[], bool]) -> Any:
         while (remaining := deadline - time.monotonic()) > 0:
@@ -348,7 +350,7 @@ class Model:
                 self.notice_dead_consumer()
                 if not is_wanted():
                     raise ClientDisconnected("the client has gone") from None
-        raise DeadlineExceeded(f"the model {self.name} gave no answer in time (REQUEST_TIMEOUT)")
+        raise too_late(self.name)
 
     def complete(self, job: Job, rest: dict[str, Any]) -> None:
         """Give a job the rest of its arguments."""
@@ -356,19 +358,18 @@ class Model:
             job.complete(rest)
             self._changed.notify_all()
 
-    def leave(self, job: Job) -> None:
-        """Have no more to do with a job: it has its result, or was given up. Who waits for it hears of that later."""
+    def leave(self, job: Job, *, failed: bool = False) -> None:
+        """Have no more to do with a job: it has its result, or was given up. Who waits for it hears of that later.
+
+        Args:
+            failed: whether its answer is a 5xx.
+        """
         with self._changed:
+            self._n_failures += failed
             self._last_used = time.monotonic()
             if self._run is not None:
                 self._run.jobs.discard(job)
                 self._run.queue.ask_for_rest(self.options.n_decoded_ahead)
-
-    def count_failure(self, error: ServerError) -> None:
-        """Count a job that has this error for an answer, if it is a failure."""
-        if error.status >= 500:
-            with self._changed:
-                self._n_failures += 1
 
     def wait_for_state(self, states: Iterable[State], deadline: float) -> State:
         """Wait until the model is in one of ``states``, and return which.

@@ -72,11 +72,7 @@ class Channel:
             OSError: the other end has gone.
         """
         parts, pictures = _pickle(message)
-        give_up_at = math.inf if timeout_s is None else time.monotonic() + timeout_s
-        if pictures:
-            self._send_with_pictures(parts, pictures, give_up_at)
-        else:
-            self._send_parts(parts, give_up_at)
+        self._send_pickled(parts, pictures, math.inf if timeout_s is None else time.monotonic() + timeout_s)
 
     def send_if_small(self, message: Any) -> Callable[[], None] | None:
         """Send an object that the other end, which waits for it, need not take at once for the socket to do so.
@@ -88,11 +84,9 @@ class Channel:
             PicklingError, TypeError, AttributeError, OSError: as ``send`` does.
         """
         parts, pictures = _pickle(message)
-        if pictures:
-            return partial(self._send_with_pictures, parts, pictures, math.inf)
-        if sum(part.nbytes for part in parts) > _SMALL:
-            return partial(self._send_parts, parts, math.inf)
-        self._send_parts(parts, math.inf)
+        if pictures or sum(part.nbytes for part in parts) > _SMALL:
+            return partial(self._send_pickled, parts, pictures, math.inf)
+        self._send_pickled(parts, pictures, math.inf)
         return None
 
     def receive(self) -> Any:
@@ -192,6 +186,12 @@ class Channel:
             if not n:
                 raise _gone()
             view = view[n:]
+
+    def _send_pickled(self, parts: list[memoryview], pictures: list[Image.Image], give_up_at: float) -> None:
+        if pictures:
+            self._send_with_pictures(parts, pictures, give_up_at)
+        else:
+            self._send_parts(parts, give_up_at)
 
     def _send_with_pictures(self, parts: list[memoryview], pictures: list[Image.Image], give_up_at: float) -> None:
         self._region, in_use = pixels.share(pictures)

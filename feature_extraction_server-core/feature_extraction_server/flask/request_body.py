@@ -248,7 +248,8 @@ def read_body() -> bytes:
         if len(data) == request.max_content_length:
             is_too_large = bool(request.environ["wsgi.input"].read(1))
     except ClientDisconnected:
-        raise InvalidInput(f"the body ended before all of its {request.content_length} bytes had come") from None
+        whole = "it" if n_bytes is None else f"its {n_bytes} bytes"
+        raise InvalidInput(f"the body ended before all of {whole} had come") from None
     except HTTPException:
         raise
     except Exception as error:  # the server has errors of its own for malformed chunks
