@@ -33,7 +33,21 @@ def test_a_request_that_kills_replicas_is_a_503_and_its_neighbours_are_answered(
         others = [pool.submit(ask, first, FRAGILE, 40 + index) for index in range(3)]
 
     assert (culprit.result().status_code, culprit.result().json()["code"]) == (503, "model_unavailable")
+    assert culprit.result().json()["error"].startswith("3 replicas of the model fake_fragile died of this request")
     assert [other.result().status_code for other in others] == [200] * 3
+
+
+def test_requests_that_kill_replicas_again_and_again_cost_those_that_wait_there_nothing(
+    first: Server, second: Server
+) -> None:
+    pids_of_fragile(first)
+    pids_of_fragile(second)
+    with ThreadPoolExecutor(9) as pool:
+        culprits = [pool.submit(ask, second, FRAGILE, 2) for _ in range(4)]
+        others = [pool.submit(ask, first, FRAGILE, 7) for _ in range(16)]
+
+    assert all(culprit.result().status_code in (503, 504) for culprit in culprits)
+    assert [other.result().text for other in others if other.result().status_code != 200] == []
 
 
 def test_a_replica_that_hangs_is_replaced(first: Server, second: Server) -> None:

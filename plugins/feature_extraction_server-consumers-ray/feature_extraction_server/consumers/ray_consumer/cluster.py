@@ -18,13 +18,13 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from typing import Any, Final
 
 from PIL import Image
 
 from feature_extraction_server.consumers.ray_consumer import settings
-from feature_extraction_server.consumers.ray_consumer.replica import END, FAILED
+from feature_extraction_server.consumers.ray_consumer.replica import END, FAILED, has_begun
 from feature_extraction_server.core import pixels
 from feature_extraction_server.core.errors import ModelError, ModelLoadFailed, ModelUnavailable
 from feature_extraction_server.core.plugins import Registry
@@ -32,8 +32,10 @@ from feature_extraction_server.core.plugins import Registry
 logger = logging.getLogger(__name__)
 
 DEPLOYMENT: Final = "model"
-#: How often a call is run at most where the replicas that it is run on die.
-MAX_TRIES: Final = 3
+#: How many replicas may die of a call.
+MAX_DEATHS: Final = 3
+#: How often a call is sent at most where replicas die, of whatever.
+_MAX_TRIES: Final = 10
 _POLL_S: Final = 1.0
 _CHECK_S: Final = 0.1  # between looks at whether somebody still waits
 _ANSWER_TIMEOUT_S: Final = 10.0  # of Ray Serve's controller
@@ -60,9 +62,6 @@ class App:
         self.changed = threading.Condition()
         self.replicas: list[dict[str, Any]] = []
         self.gone = False
-        #: Calls at the same replica die together: the last try of one that only waited there must not be with the
-        #: last try of the one that killed it.
-        self.last_try = threading.Lock()
 
     def take(self, details: dict[str, Any] | None) -> None:
         """Take note of what Ray Serve tells of it; None: it has been deleted."""
@@ -132,12 +131,13 @@ class Cluster:
         from ray.serve.exceptions import RayServeException
 
         app = self._apps[model]
-        for n_tries in range(1, MAX_TRIES + 1):
+        n_deaths = 0
+        for n_tries in range(1, _MAX_TRIES + 1):
+            # All calls at a replica die with it, those too that only waited there. The next time, it is noted.
+            mark = secrets.token_hex(8) if n_tries > 1 else None
             try:
-                with app.last_try if n_tries == MAX_TRIES else nullcontext():
-                    succeeded, answer, provenance = self._wait(
-                        app, app.handle.remote(function, positional, arguments, id), is_wanted
-                    )
+                response = app.handle.remote(function, positional, arguments, id, mark)
+                succeeded, answer, provenance = self._wait(app, response, is_wanted)
             except ray.exceptions.RayTaskError as error:
                 return False, ModelError(f"the model {model} failed on the Ray cluster: {error.cause}")
             except (ray.exceptions.RayError, RayServeException) as error:
@@ -151,9 +151,14 @@ class Cluster:
                         f"a replica of the model {model} has loaded something else: {provenance}, not {app.provenance}"
                     )
                 return succeeded, answer
-        raise ModelUnavailable(
-            f"{MAX_TRIES} replicas of the model {model} died of this request, the last one: {reason}"
-        )
+            finally:
+                n_deaths += mark is None or has_begun(mark)
+            if n_deaths == MAX_DEATHS:
+                raise ModelUnavailable(
+                    f"{MAX_DEATHS} replicas of the model {model} died of this request, the last one: {reason}"
+                )
+            time.sleep(_CHECK_S * (n_tries - 1))  # until it is known which replicas are dead
+        raise ModelUnavailable(f"{_MAX_TRIES} replicas of the model {model} died, the last one: {reason}")
 
     def watch(self, model: str, tell: Callable[[list[dict[str, Any]]], None]) -> None:
         """Tell the replicas whenever there are others, until the model is no longer on the cluster, or let go of."""

@@ -15,12 +15,31 @@ import sys
 import threading
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 NAMESPACE = "feature_extraction_server"
 #: What stands around the reason in the error of a load that failed, which Ray Serve wraps in its own words.
 FAILED = "<<load failed:"
 END = ":load failed>>"
+
+
+def note_begin(mark: str) -> None:
+    """Note in the head's store that the call with this mark is run, so that it is known of what a replica died."""
+    from ray.experimental import internal_kv
+
+    with suppress(Exception):  # no head: the call does not need one
+        internal_kv._internal_kv_put(mark, b"", namespace=NAMESPACE)
+
+
+def has_begun(mark: str) -> bool:
+    """Tell whether ``note_begin`` was called with this mark, and forget it. True where the head does not answer."""
+    from ray.experimental import internal_kv
+
+    try:
+        return bool(internal_kv._internal_kv_del(mark, namespace=NAMESPACE))
+    except Exception:
+        return True
 
 
 class Replica:
@@ -77,10 +96,14 @@ class Replica:
         return self._provenance
 
     async def call(
-        self, function: str, positional: tuple[Any, ...], arguments: dict[str, Any], id: str | None
+        self, function: str, positional: tuple[Any, ...], arguments: dict[str, Any], id: str | None, mark: str | None
     ) -> tuple[bool, Any, dict[str, str | None]]:
-        """Return whether a call succeeded, its result or its error, and where that comes from."""
-        running = self._threads.submit(self._run, function, positional, arguments, id)
+        """Return whether a call succeeded, its result or its error, and where that comes from.
+
+        Args:
+            mark: where a replica has died of it, or of another call there: under what to note that it is run.
+        """
+        running = self._threads.submit(self._run, function, positional, arguments, id, mark)
         try:
             succeeded, answer = await asyncio.wrap_future(running)
         except asyncio.CancelledError:  # nobody waits for it any more; where it hangs, those after it still do
@@ -100,7 +123,11 @@ class Replica:
         timer.start()
         running.add_done_callback(lambda _: timer.cancel())
 
-    def _run(self, function: str, positional: Any, arguments: Any, id: str | None) -> tuple[bool, Any]:
+    def _run(
+        self, function: str, positional: Any, arguments: Any, id: str | None, mark: str | None
+    ) -> tuple[bool, Any]:
+        if mark is not None:
+            note_begin(mark)
         self._tracking.current.set(self._tracking.RequestRecord(id) if id else None)
         try:
             with self._torch_threads.at_work():
