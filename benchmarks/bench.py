@@ -49,6 +49,8 @@ CHILDREN_STOP_TIMEOUT_S: Final = 3
 MAX_WARM_UP_S: Final = 3.0
 #: A measurement takes longer than it was asked to where the model is too slow to answer each connection this often.
 LEAST_ANSWERS: Final = 2
+#: Or to run so many batches: the answers of a batch come at once, and one more or less must not show.
+LEAST_BATCHES: Final = 8
 MAX_DRAIN_S: Final = 60.0
 DRAIN_CHECK_S: Final = 0.25
 #: A server that uses less of one core than this is idle: some have clocks of their own.
@@ -448,8 +450,9 @@ class Benchmark:
     def seconds(self, workload: str, connections: int) -> float:
         """Return how long to measure: the first answers of all connections come at once, and tell little."""
         direct = self.results.measurements[workload, DIRECT, connections][-1]
+        least_requests = max(LEAST_ANSWERS * connections, LEAST_BATCHES * min(connections, MAX_BATCH_SIZE))
         asked_s: float = self.options.seconds
-        return max(asked_s, LEAST_ANSWERS * connections / direct.requests_per_s)
+        return max(asked_s, least_requests / direct.requests_per_s)
 
     def load(self, server: Running, connections: int, seconds: float) -> Measurement:
         server.wait_until_idle()

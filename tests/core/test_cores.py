@@ -1,4 +1,4 @@
-"""A web worker keeps to one core; what it decodes and starts does not."""
+"""A web worker keeps to one core; what it decodes and starts does not, nor does it while it decodes large pictures."""
 
 from __future__ import annotations
 
@@ -70,6 +70,54 @@ def test_a_process_that_keeps_to_no_core_is_left_alone(in_thread: Callable[..., 
     in_thread(work)
 
     assert seen == [set(ALLOWED)]
+
+
+SPREAD = """
+import os, sys, threading, time
+from pathlib import Path
+from feature_extraction_server.core import cores
+cores.KEEP_AGAIN_AFTER_S = 0.5
+cores.keep_to_one_core(Path(sys.argv[1]), 0)
+stay = threading.Event()
+other = threading.Thread(target=stay.wait)
+other.start()
+
+def n_cores():
+    return [len(os.sched_getaffinity(thread)) for thread in (0, other.native_id)]
+
+def wait_until_kept():
+    give_up_at = time.monotonic() + 20
+    while n_cores()[1] > 1 and time.monotonic() < give_up_at:
+        time.sleep(0.01)
+
+print(n_cores())
+for _ in range(30):
+    cores.spread()
+    assert n_cores() == [len(cores.ALLOWED)] * 2
+    time.sleep(0.02)
+wait_until_kept()
+print(n_cores())
+with cores.all_cores():
+    cores.spread()
+    wait_until_kept()
+    print(n_cores())
+print(n_cores())
+stay.set()
+"""
+
+
+def test_all_threads_may_use_all_cores_until_nothing_large_was_decoded_for_a_while(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", SPREAD, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+
+    assert (ended.stderr, ended.returncode) == ("", 0)
+    # The thread that decodes, or starts a process, and another one.
+    assert ended.stdout.splitlines() == ["[1, 1]", "[1, 1]", f"[{len(ALLOWED)}, 1]", "[1, 1]"]
 
 
 CHOOSE = """

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
+from feature_extraction_server.core import media
 from feature_extraction_server.core.errors import InvalidInput, TooLarge
 from feature_extraction_server.core.media import Audio, decode_audio, decode_base64, decode_image
 from tests.conftest import encode_image
@@ -29,6 +30,14 @@ def pixel(image: Image.Image) -> tuple[int, ...]:
     value = image.getpixel((0, 0))
     assert isinstance(value, tuple)
     return value
+
+
+@pytest.fixture
+def n_spread(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """Return a list that has an element for each time that the process was let use all cores."""
+    calls: list[None] = []
+    monkeypatch.setattr(media, "spread", lambda: calls.append(None))
+    return calls
 
 
 # base64
@@ -99,6 +108,15 @@ def test_hostile_data_url_is_refused_in_linear_time() -> None:
 
 FORMATS = ["AVIF", "BMP", "DDS", "GIF", "ICO", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI", "SGI", "TGA"]
 FORMATS += ["TIFF", "WEBP"]
+
+
+@pytest.mark.parametrize(("size", "n"), [((511, 512), 0), ((512, 512), 1)])
+def test_large_pictures_are_decoded_with_all_cores_for_all_threads(
+    size: tuple[int, int], n: int, n_spread: list[None]
+) -> None:
+    decoded(Image.new("RGB", size))
+
+    assert len(n_spread) == n
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -364,6 +382,12 @@ def test_lossy_recording_sounds_the_same(format: str, subtype: str, rate: int) -
     spectrum = np.abs(np.fft.rfft(audio.samples))
     assert audio.seconds == pytest.approx(1, abs=0.1)
     assert spectrum.argmax() / audio.seconds == pytest.approx(440, abs=3)
+
+
+def test_recordings_are_decoded_with_all_cores_for_all_threads(n_spread: list[None]) -> None:
+    decode_audio(encode(recording(TONE, "WAV", "PCM_16")), "audio", 60)
+
+    assert len(n_spread) == 1
 
 
 def test_data_url_of_a_recording_is_read() -> None:

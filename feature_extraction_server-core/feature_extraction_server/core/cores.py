@@ -2,8 +2,12 @@
 
 Python runs one thread of a process at a time. Where the system spreads a busy worker's threads over several cores,
 every hand-over between two of them wakes another core, which takes longer than many a thread's turn: a worker with 32
-requests under way answers half as many again when it keeps to one core. What runs without Python's interpreter lock
-(decoding a picture) and what is started as another process may use all cores.
+requests under way answers half as many again when it keeps to one core. What runs without that lock (decoding a
+picture) and what is started as another process may use all cores.
+
+While it decodes large pictures or recordings, all of its threads may: one that is kept to a core on which another
+computes waits there, even where the next core has nothing to do, since what runs is hardly ever moved. Two workers that
+decode and a model, on two cores, left a quarter of their time unused.
 """
 
 from __future__ import annotations
@@ -11,8 +15,10 @@ from __future__ import annotations
 import fcntl
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Final
 
@@ -33,6 +39,12 @@ def _quota() -> float:
 N_CORES: Final = max(1, int(min(len(ALLOWED) or os.cpu_count() or 1, _quota())))
 _locks: list[IO[bytes]] = []  # kept open for as long as the process lives
 _own: set[int] = set()
+#: How long after it last asked for all cores a worker keeps to its own again.
+KEEP_AGAIN_AFTER_S = 1.0
+_moving: Final = threading.Lock()
+_elsewhere: Final[set[int]] = set()  # threads that use all cores whatever the others do
+_is_spread = False
+_spread_until = 0.0
 
 
 def keep_to_one_core(directory: Path, first: int) -> None:
@@ -55,11 +67,50 @@ def all_cores() -> Iterator[None]:
     if not _own:
         yield
         return
-    os.sched_setaffinity(0, ALLOWED)
+    thread = threading.get_native_id()
+    with _moving:
+        _elsewhere.add(thread)
+        os.sched_setaffinity(0, ALLOWED)
     try:
         yield
     finally:
-        os.sched_setaffinity(0, _own)
+        with _moving:
+            _elsewhere.remove(thread)
+        os.sched_setaffinity(0, ALLOWED if _is_spread else _own)  # may wait for a core, therefore without the lock
+
+
+def spread() -> None:
+    """Let all threads of this process use every core, until nobody has asked for that for ``KEEP_AGAIN_AFTER_S``."""
+    global _is_spread, _spread_until
+    if not _own:
+        return
+    with _moving:
+        _spread_until = time.monotonic() + KEEP_AGAIN_AFTER_S
+        if _is_spread:
+            return
+        with suppress(RuntimeError):  # the system has no thread left
+            threading.Thread(target=_keep_again, name="cores", daemon=True).start()
+            _is_spread = True
+            _move_threads(ALLOWED)
+
+
+def _keep_again() -> None:
+    global _is_spread
+    while True:
+        with _moving:
+            left_s = _spread_until - time.monotonic()
+            if left_s <= 0:
+                _is_spread = False
+                _move_threads(_own)
+                return
+        time.sleep(left_s)
+
+
+def _move_threads(cores: Collection[int]) -> None:
+    for thread in map(int, os.listdir("/proc/self/task")):
+        if thread not in _elsewhere:
+            with suppress(OSError):  # it has ended
+                os.sched_setaffinity(thread, cores)
 
 
 def _choose(directory: Path, first: int) -> int:

@@ -22,7 +22,7 @@ import pybase64
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from feature_extraction_server.core import pixels
-from feature_extraction_server.core.cores import N_CORES, all_cores
+from feature_extraction_server.core.cores import N_CORES, all_cores, spread
 from feature_extraction_server.core.errors import InvalidInput, TooLarge
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ _AUDIO_BLOCK_VALUES: Final = 1 << 20
 
 # Decoders run without Python's interpreter lock. More of them at a time than there are cores would only take turns.
 _decoders: Final = threading.BoundedSemaphore(N_CORES)
+#: Where pictures of so many pixels are decoded, a worker has much to do besides running Python.
+_LARGE_PIXELS: Final = 512 * 512
 
 
 @contextmanager
@@ -157,6 +159,8 @@ def _decode_image(data: bytes, field: str, max_pixels: int, draft_size: int | No
     n_pixels = image.width * image.height
     if n_pixels > max_pixels:
         raise _too_many_pixels(field, f"{image.width} x {image.height} = {n_pixels}", max_pixels)
+    if n_pixels >= _LARGE_PIXELS:
+        spread()
     try:
         if draft_size is not None:
             image.draft(image.mode, (draft_size, draft_size))
@@ -242,6 +246,7 @@ def decode_audio(source: str | bytes, field: str, max_seconds: float, max_bytes:
 
     data = file_of(source, field)
     try:
+        spread()
         with _decoding(), soundfile.SoundFile(io.BytesIO(data)) as file:
             samples = _read_mono(file, field, max_seconds, max_bytes)
             sampling_rate = file.samplerate
