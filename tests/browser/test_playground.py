@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from playwright.sync_api import FilePayload, Locator, Page, expect
+from playwright.sync_api import FilePayload, Locator, Page, Route, expect
 
 from tests.browser.conftest import MakeSite, OpenPage
 from tests.conftest import encode_image
@@ -341,6 +341,25 @@ def test_config_of_a_model_that_takes_anything_is_json(site: MakeSite, open_page
 
     expect(page.get_by_role("alert")).to_contain_text("Config is not valid JSON")
     expect(page.get_by_label("Config")).to_be_focused()
+
+
+def test_config_can_be_filled_in_once_it_is_known_what_the_model_takes(
+    site: MakeSite, open_page: OpenPage, plugin: Callable[..., None]
+) -> None:
+    plugin("models", "optional", LISTING)
+    page = open_page(site())
+    asked: list[Route] = []
+    page.route("**/models/optional", lambda route: asked.append(route))
+    choose(page, "image_captioning", "optional")
+    # What the model that was chosen before takes, if that is known by now.
+    expect(page.locator("#field-config, .config :is(input, select, textarea)").first).to_be_disabled()
+    while not asked:
+        page.wait_for_timeout(10)
+
+    asked[0].continue_()
+
+    page.locator(".config summary").click()
+    expect(page.locator("#config-n")).to_be_enabled()
 
 
 # The same request elsewhere

@@ -64,13 +64,21 @@ function onModel(name) {
   byId("run").disabled = name === null;
   if (name === null) return;
   history.replaceState(null, "", `#${encodeURIComponent(state.task.task)}/${encodeURIComponent(name)}`);
-  if (models.details.has(name) && state.configOf !== name) fitConfig(name);
+  if (state.configOf === name) return;
+  if (models.details.has(name)) {
+    fitConfig(name);
+    return;
+  }
+  state.configOf = null;
+  for (const { control } of fieldsOf(configField())) control.disabled = true; // what is typed now would be lost
 }
+
+const configField = () => state.fields.find((field) => field.key === "config");
 
 // What a model takes as ``config`` is its own affair: a field for each key, where it says so.
 function fitConfig(name) {
   state.configOf = name;
-  const index = state.fields.findIndex((field) => field.key === "config");
+  const index = state.fields.indexOf(configField());
   if (index < 0) return;
   const schema = models.details.get(name).config[state.task.task];
   const property = state.task.input.properties.config;
@@ -214,7 +222,8 @@ function clearProblems() {
   for (const field of allFields()) showProblem(field, "");
 }
 
-const allFields = () => state.fields.flatMap((field) => field.fields ?? [field]);
+const allFields = () => state.fields.flatMap(fieldsOf);
+const fieldsOf = (field) => (field ? (field.fields ?? [field]) : []);
 
 function showError(error) {
   const key = error.field instanceof Object ? error.field.key : error.field;
