@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 DEPLOYMENT: Final = "model"
 #: How many replicas may die of a call.
-MAX_DEATHS: Final = 3
+_MAX_DEATHS: Final = 3
 #: How often a call is sent at most where replicas die, of whatever.
 _MAX_TRIES: Final = 10
 _POLL_S: Final = 1.0
@@ -153,9 +153,9 @@ class Cluster:
                 return succeeded, answer
             finally:
                 n_deaths += mark is None or has_begun(mark)
-            if n_deaths == MAX_DEATHS:
+            if n_deaths == _MAX_DEATHS:
                 raise ModelUnavailable(
-                    f"{MAX_DEATHS} replicas of the model {model} died of this request, the last one: {reason}"
+                    f"{_MAX_DEATHS} replicas of the model {model} died of this request, the last one: {reason}"
                 )
             time.sleep(_CHECK_S * (n_tries - 1))  # until it is known which replicas are dead
         raise ModelUnavailable(f"{_MAX_TRIES} replicas of the model {model} died, the last one: {reason}")

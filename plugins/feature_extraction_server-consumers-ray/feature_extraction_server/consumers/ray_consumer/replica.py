@@ -22,6 +22,8 @@ NAMESPACE = "feature_extraction_server"
 #: What stands around the reason in the error of a load that failed, which Ray Serve wraps in its own words.
 FAILED = "<<load failed:"
 END = ":load failed>>"
+#: How long a call is kept waiting for the head's store at most. Ray itself waits for a lost head for minutes.
+HEAD_TIMEOUT_S = 1.0
 
 
 def note_begin(mark: str) -> None:
@@ -29,7 +31,8 @@ def note_begin(mark: str) -> None:
     from ray.experimental import internal_kv
 
     with suppress(Exception):  # no head: the call does not need one
-        internal_kv._internal_kv_put(mark, b"", namespace=NAMESPACE)
+        client = internal_kv.internal_kv_get_gcs_client()
+        client.internal_kv_put(mark.encode(), b"", True, NAMESPACE.encode(), HEAD_TIMEOUT_S)
 
 
 def has_begun(mark: str) -> bool:
@@ -37,7 +40,8 @@ def has_begun(mark: str) -> bool:
     from ray.experimental import internal_kv
 
     try:
-        return bool(internal_kv._internal_kv_del(mark, namespace=NAMESPACE))
+        client = internal_kv.internal_kv_get_gcs_client()
+        return bool(client.internal_kv_del(mark.encode(), False, NAMESPACE.encode(), HEAD_TIMEOUT_S))
     except Exception:
         return True
 

@@ -1,0 +1,43 @@
+"""What is noted in the head's store of a call that is run again."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+
+import psutil
+
+MARKS = """
+import sys
+import psutil, ray
+from feature_extraction_server.consumers.ray_consumer.replica import has_begun, note_begin
+ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error", _temp_dir=sys.argv[1])
+note_begin("run")
+print(has_begun("run"), has_begun("run"), has_begun("other"), flush=True)
+head = next(one for one in psutil.Process().children(recursive=True) if "gcs_server" in one.name())
+head.kill()
+head.wait()
+note_begin("without a head")
+print(has_begun("without a head"), flush=True)
+"""
+
+
+def test_marks_are_forgotten_once_asked_and_a_lost_head_keeps_no_call_waiting() -> None:
+    environment = {"PYTHONPATH": os.pathsep.join(sys.path), "RAY_USAGE_STATS_ENABLED": "0"}
+    with (
+        tempfile.TemporaryDirectory(prefix="r-", dir="/tmp", ignore_cleanup_errors=True) as folder,
+        subprocess.Popen(
+            [sys.executable, "-c", MARKS, folder], stdout=subprocess.PIPE, text=True, env=os.environ | environment
+        ) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline().split() == ["True", "False", "False"]
+            # Where Ray's own limits hold, the process is ended before it says any more.
+            assert process.stdout.readline().split() == ["True"]
+        finally:
+            for one in psutil.Process(process.pid).children(recursive=True):
+                one.kill()
+            process.kill()
