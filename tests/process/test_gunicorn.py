@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -30,7 +31,7 @@ from tests.conftest import (
     worker_configuration,
 )
 from tests.http.bad_requests import CAPTION, PNG
-from tests.process.raw_http import connect, post, read_answer
+from tests.process.raw_http import address, connect, post, read_answer
 from tests.waiting import at_once, wait_until
 
 pytestmark = pytest.mark.process
@@ -138,6 +139,35 @@ def test_clients_that_do_not_close_their_connections_keep_nobody_waiting(gunicor
         assert [read_answer(connection)[0] for connection in connections] == [400, 200] * 15
 
 
+def test_new_connections_go_to_the_worker_that_has_few(gunicorn: StartServer, tmp_path: Path) -> None:
+    leave_to_others_s = 0.05
+    server = gunicorn("-c", worker_configuration(tmp_path, LEAVE_TO_OTHERS_S=leave_to_others_s), "-w", "2")
+    _, port = address(server)
+    wait_until(lambda: len(workers(server)) == 2, "both workers")
+    first, second = workers(server)
+
+    def accepted(worker: psutil.Process) -> int:
+        return sum(found.laddr.port == port and found.status == "ESTABLISHED" for found in worker.net_connections())
+
+    with ExitStack() as kept_open:
+
+        def connect_one_after_the_other(until: int) -> None:
+            while (before := accepted(first) + accepted(second)) < until:
+                kept_open.enter_context(connect(server))
+                wait_until(partial(lambda n: accepted(first) + accepted(second) > n, before), "it to be accepted")
+
+        second.suspend()
+        try:
+            connect_one_after_the_other(8)
+        finally:
+            second.resume()
+        for until in range(9, 15):
+            connect_one_after_the_other(until)
+            time.sleep(1.5 * leave_to_others_s)  # whoever has left this one to others takes the next that it finds
+
+        assert accepted(second) >= 5  # by chance, it would be half of the last 6
+
+
 # TLS
 
 
@@ -242,10 +272,14 @@ def children(server: Server) -> list[psutil.Process]:
     return psutil.Process(server.process.pid).children(recursive=True)
 
 
+def workers(server: Server) -> list[psutil.Process]:
+    return [child for child in children(server) if "gunicorn" in " ".join(child.cmdline())]
+
+
 def test_killed_worker_is_replaced_and_no_client_sees_html(gunicorn: StartServer) -> None:
     server = gunicorn("-w", "1", "--preload", "--worker-class", "gthread", "--threads", "8")
     server.post(CAPTION, {"image": PNG})
-    (worker,) = [child for child in children(server) if "gunicorn" in " ".join(child.cmdline())]
+    (worker,) = workers(server)
 
     os.kill(worker.pid, signal.SIGKILL)
     answers: list[requests.Response] = []

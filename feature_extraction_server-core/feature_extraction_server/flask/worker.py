@@ -27,6 +27,7 @@ from feature_extraction_server.core.memory import give_back_memory
 from feature_extraction_server.core.pixels import give_back_unused
 from feature_extraction_server.core.turns import Turns, waiting
 from feature_extraction_server.core.wire import set_timeout
+from feature_extraction_server.flask.connection_counts import NO_MORE, ConnectionCount
 
 #: One request runs Python code, while others decode pictures on all cores. More would only wait for its lock.
 N_AT_ONCE: Final = 1 + min(N_CORES, 8)
@@ -38,6 +39,8 @@ MIN_BYTES_PER_S = 500
 MAX_SILENCE_S: Final = 10.0
 #: After how long without pictures a worker gives the memory back that it keeps for them.
 GIVE_BACK_AFTER_S = 60.0
+#: How long a worker leaves a new client to others that have fewer.
+LEAVE_TO_OTHERS_S: Final = 0.0005
 _URGENT: Final = (b"GET ", b"HEAD ", b"OPTIONS ")
 _PEEKED: Final = max(map(len, _URGENT))
 # Unlike the socket's own, it keeps Python's interpreter lock, since it never waits.
@@ -89,6 +92,10 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 
     _look_at_memory_at = 0.0
 
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._count = ConnectionCount()
+
     def get_thread_pool(self) -> Turns:
         return Turns(N_AT_ONCE, self.cfg.threads)
 
@@ -99,15 +106,26 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         super().run()
 
     def accept(self, listener: socket.socket) -> None:
-        # A worker that has others beside it leaves clients to them.
-        at_most = self.worker_connections - self.nr_conns if self.cfg.workers == 1 else 1
+        at_most = self.worker_connections - self.nr_conns
+        if self.cfg.workers > 1:
+            at_most = 1
+            if self._count.is_ahead():
+                time.sleep(LEAVE_TO_OTHERS_S)
         with self.tpool.held(), suppress(BlockingIOError, ConnectionAbortedError):
             for _ in range(at_most):
                 self._take(_Connection(self.cfg, *listener.accept(), listener.getsockname()))
 
+    def set_accept_enabled(self, enabled: bool) -> None:
+        super().set_accept_enabled(enabled)
+        self._tell_count()
+
+    def _tell_count(self) -> None:
+        self._count.tell(self.nr_conns if self._accepting else NO_MORE)
+
     def _take(self, conn: TConn) -> None:
         """Let a new client's request wait for its turn if it has come, else wait for it."""
         self.nr_conns += 1
+        self._tell_count()
         conn.data_ready = True
         if (begun := _beginning(conn)) is not None:
             self._enqueue(conn, begun)
@@ -160,6 +178,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         if (soon := self.tpool.end_long_turns()) is not None:
             timeout = min(timeout, soon)
         super().wait_for_and_dispatch_events(timeout)
+        self._tell_count()
         if (now := time.monotonic()) >= self._look_at_memory_at:
             self._look_at_memory_at = now + GIVE_BACK_AFTER_S / 4
             if give_back_unused(GIVE_BACK_AFTER_S):
