@@ -38,6 +38,7 @@ from feature_extraction_server.core.errors import (
 from feature_extraction_server.core.job_store import MAX_CRASHES, JobState, JobStore, StoredJob
 from feature_extraction_server.core.provenance import meta_of
 from feature_extraction_server.core.settings import Setting, SettingsManager
+from feature_extraction_server.core.to_json import to_json
 from feature_extraction_server.core.tracking import Origin, RequestRecord, current
 
 if TYPE_CHECKING:
@@ -385,7 +386,7 @@ class JobRunner:
             payload = store.payload(job) if run.payload is None else run.payload
             if payload is None:
                 return None  # cancelled meanwhile
-            result = json.dumps(self._result(run, payload, record), allow_nan=False)
+            result = to_json(self._result(run, payload, record)).decode()
             return partial(store.succeed, job, result, json.dumps(meta_of(self._application, record)))
         except ClientDisconnected:
             return None  # cancelled, or this process ends: whoever did it has told the store

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from feature_extraction_server.core.errors import ServerError
+from feature_extraction_server.core.to_json import to_json
 from feature_extraction_server.core.tracking import RequestRecord
 
 if TYPE_CHECKING:
@@ -156,7 +157,7 @@ class CachedRequest:
         if identity is None:
             return
         try:
-            answers = [json.dumps(result, allow_nan=False, separators=(",", ":")).encode() for result in results]
+            answers = [to_json(result) for result in results]
         except (TypeError, ValueError):  # it cannot be answered with, either
             return
         with suppress(ServerError):  # the answer is there: it is worth more than keeping it

@@ -46,6 +46,7 @@ _EXAMPLE_AUDIO: Final = "UklGRjAAAABXQVZFZm10IBAAAAABAAEAQB8AAEAfAAABAAgAZGF0YQw
 
 
 _URLS_OFF: Final = UrlFetcher()
+_SCALARS: Final = frozenset({float, int, str, bool, type(None)})
 
 
 @dataclass(frozen=True)
@@ -480,5 +481,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(element) for key, element in value.items()}
     if isinstance(value, (list, tuple)):
+        if _SCALARS.issuperset(map(type, value)):  # a vector, say
+            return list(value)
         return [_plain(element) for element in value]
     return value

@@ -16,6 +16,7 @@ from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
 
 from feature_extraction_server.core.application import ApplicationInterface
 from feature_extraction_server.core.errors import NotFound, ServerError
+from feature_extraction_server.core.to_json import to_json
 from feature_extraction_server.core.tracking import current
 from feature_extraction_server.flask.access import add_access_control, refuse_foreign_page
 from feature_extraction_server.flask.request_body import body_too_large
@@ -37,6 +38,10 @@ class _JSONProvider(DefaultJSONProvider):
 
     def dumps(self, obj: Any, **kwargs: Any) -> str:
         return super().dumps(obj, **({"allow_nan": False} | kwargs))
+
+    def response(self, *args: Any, **kwargs: Any) -> Response:
+        data = to_json(self._prepare_response_obj(args, kwargs), self.default)
+        return Response(data + b"\n", mimetype=self.mimetype)
 
 
 class _App(Flask):
