@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -169,6 +170,50 @@ def test_work_waits_for_a_thread_where_there_are_no_more(make: Callable[..., Wor
 
     assert second.has_begun()
     turns.shutdown()
+
+
+@contextmanager
+def no_thread_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The system starts no threads meanwhile, as where a container has as many as it may have."""
+
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as meanwhile:
+        meanwhile.setattr(module._Thread, "start", start)
+        yield
+
+
+def test_threads_that_there_are_do_what_came_when_the_system_had_none_left(
+    turns: Turns, make: Callable[..., Work], order: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, third, urgent = make("a"), make("b"), make("c"), make("urgent")
+    turns.submit(first)
+    assert first.has_begun()
+
+    with no_thread_left(monkeypatch):
+        for work in (second, third):
+            turns.submit(work)
+        turns.submit(urgent, urgent=True)
+        for work in (first, second, urgent):
+            work.end.set()
+
+        assert third.has_begun()
+    assert sorted(order) == ["a", "b", "c", "urgent"]
+
+
+@pytest.mark.parametrize("urgent", [True, False], ids=["urgent", "patient"])
+def test_what_came_when_there_was_not_one_thread_is_done_when_there_is(
+    turns: Turns, make: Callable[..., Work], monkeypatch: pytest.MonkeyPatch, urgent: bool
+) -> None:
+    work = make("a")
+
+    with no_thread_left(monkeypatch):
+        turns.submit(work, urgent=urgent)
+        assert turns.end_long_turns() is not None
+    turns.end_long_turns()
+
+    assert work.has_begun()
 
 
 def test_threads_are_used_again_and_end_with_the_shutdown(make: Callable[..., Work]) -> None:

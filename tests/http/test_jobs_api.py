@@ -154,6 +154,25 @@ def test_a_job_is_accepted_with_its_place_and_gives_what_features_give(client: F
     assert "error" not in job
 
 
+def test_a_job_for_which_there_is_no_thread_is_run_when_there_is(
+    client: FlaskClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+    refused: list[str] = []
+
+    def start_but_not_at_first(thread: threading.Thread) -> None:
+        if thread.name.startswith("job-") and len(refused) < 2:
+            refused.append(thread.name)
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_but_not_at_first)
+
+    job = json_of(client.get(submit(client, ECHO, 40) + WAIT))
+
+    assert (job["state"], len(refused)) == ("succeeded", 2)
+
+
 def test_a_job_that_names_no_model_is_the_default_one_s(client_with: MakeClient, picture: str) -> None:
     client = client_with(DEFAULT_MODEL_IMAGE_CAPTIONING="fake_echo")
 

@@ -30,7 +30,7 @@ WAIT_S = 20
 LARGE = 5_000_000
 # Answers when the test has made a file; before its first call, load_model waits for one, too.
 MODEL = """
-import pathlib, time
+import pathlib, threading, time
 folder = pathlib.Path({folder!r})
 
 def wait_for(name):
@@ -40,9 +40,14 @@ def wait_for(name):
 def load_model():
     wait_for("may load")
 
+def no_thread(thread):
+    raise RuntimeError("can't start new thread")
+
 def echo(x):
     if "wait" in x[0]:
         wait_for("may run")
+    if "no thread" in x[0]:
+        threading.Thread.start = no_thread
     return [one * ({large} if "large" in one else 1) for one in x]
 
 def size(image):
@@ -176,6 +181,18 @@ def test_a_connection_that_is_closed_before_its_large_answer_is_taken_leaves_not
     leaver.close()
 
     wait_until(lambda: process.num_threads() <= n_threads and process.num_fds() <= n_files)
+
+
+def test_a_large_answer_for_which_there_is_no_thread_ends_its_connection_alone(start: Callable[..., Engine]) -> None:
+    engine = start()
+    channel, other = engine.connect(), engine.connect()
+    assert asked(other, echo("no thread is left")) == ["no thread is left"]
+
+    channel.send(echo("large"))
+
+    with pytest.raises((EOFError, ConnectionResetError)):
+        answer(channel)
+    assert asked(other, echo("next")) == ["next"]
 
 
 def test_a_message_that_comes_in_pieces_keeps_no_other_waiting(start: Callable[..., Engine]) -> None:

@@ -168,6 +168,28 @@ def test_new_connections_go_to_the_worker_that_has_few(gunicorn: StartServer, tm
         assert accepted(second) >= 5  # by chance, it would be half of the last 6
 
 
+def test_clients_for_whom_there_is_no_file_descriptor_wait_until_others_have_left(
+    gunicorn: StartServer, tmp_path: Path
+) -> None:
+    configuration = tmp_path / "few_files.py"
+    configuration.write_text(
+        "import resource\nresource.setrlimit(resource.RLIMIT_NOFILE, (150, 150))\n"
+        + Path(worker_configuration(tmp_path)).read_text()
+    )
+    server = gunicorn("-c", str(configuration))
+    (worker,) = workers(server)
+    with ExitStack() as kept_open:
+        connections = [kept_open.enter_context(connect(server)) for _ in range(300)]
+        wait_until(lambda: worker.num_fds() >= 149, "all file descriptors to be in use")
+
+        for connection in connections:
+            connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n")
+
+        assert {read_answer(connection)[0] for connection in connections} == {200}
+    assert workers(server) == [worker]
+    assert len(re.findall("Clients have to wait: Too many open files", server.log())) == 1
+
+
 # TLS
 
 

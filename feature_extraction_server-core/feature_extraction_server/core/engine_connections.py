@@ -239,8 +239,13 @@ class Connection:
         with self._lock, suppress(OSError):  # the web worker has left
             if self._is_closed:
                 return
-            if (send_later := send_answer(self.channel.send_if_small, answer)) is not None:
+            if (send_later := send_answer(self.channel.send_if_small, answer)) is None:
+                return
+            try:
                 threading.Thread(target=self._send_slowly, args=(send_later,), name="answer", daemon=True).start()
+            except RuntimeError:  # the system has none left: the web worker is to hear of it now
+                logger.error("There is no thread to send a large answer")
+                self.socket.shutdown(socket.SHUT_RDWR)
 
     def _send_slowly(self, send: Callable[[], None]) -> None:
         with self._lock, suppress(OSError):

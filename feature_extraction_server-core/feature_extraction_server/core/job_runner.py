@@ -337,7 +337,13 @@ class JobRunner:
     def _set_to_work(self, payloads: Mapping[str, dict[str, Any]] = MappingProxyType({})) -> None:
         """Start a thread for each queued job that may run here now; those of ``payloads`` need not be read again."""
         while (run := self._claim(payloads)) is not None:
-            threading.Thread(target=self._work, args=(run,), name=f"job-{run.job.id}", daemon=True).start()
+            try:
+                threading.Thread(target=self._work, args=(run,), name=f"job-{run.job.id}", daemon=True).start()
+            except RuntimeError:  # the system has none left: the lookout tries again
+                with self._changed:
+                    self._runs.discard(run)
+                self._save(partial(run.store.give_back, [run.job]))
+                return
 
     def _claim(self, payloads: Mapping[str, dict[str, Any]] = MappingProxyType({})) -> _Run | None:
         with self._changed:

@@ -73,7 +73,7 @@ class Turns:
             after how many seconds it is to be called again; None: not until there is work that waits.
         """
         with self._lock:
-            if not self._patient:
+            if not self._patient and not self._urgent:
                 return None
             now = monotonic()
             for thread, since in list(self._at_turn.items()):
@@ -81,7 +81,7 @@ class Turns:
                     break
                 del self._at_turn[thread]
             self._hand_out()
-            return TURN_S if self._patient else None
+            return TURN_S if self._patient or self._urgent else None
 
     def _next(self) -> Work | None:
         if self._urgent:
@@ -101,7 +101,11 @@ class Turns:
                 thread.wake.release()
             else:
                 thread = _Thread(self, work)
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError:  # the system has none left: one that there is already takes it when it is free
+                    self._urgent.appendleft(work)
+                    return
                 self._n_threads += 1
                 self._at_turn[thread] = monotonic()
 

@@ -44,7 +44,7 @@ def entrypoint() -> Flask:
 
 
 def _allow_many_connections() -> None:
-    """Raise the number of files that this process may have open: a gunicorn worker that has too many dies of it.
+    """Raise the number of files that this process may have open: gunicorn's own workers die of too many.
 
     The usual 1024 are meant for programs that use ``select``. Processes started later inherit the number.
     """

@@ -41,6 +41,10 @@ MAX_SILENCE_S: Final = 10.0
 GIVE_BACK_AFTER_S = 60.0
 #: How long a worker leaves a new client to others that have fewer.
 LEAVE_TO_OTHERS_S: Final = 0.0005
+#: What the system says where there is no file descriptor or no memory for a client, who waits then.
+_NOTHING_LEFT: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+LOOK_AGAIN_AFTER_S: Final = 0.01
+TELL_AGAIN_AFTER_S: Final = 60.0
 _URGENT: Final = (b"GET ", b"HEAD ", b"OPTIONS ")
 _PEEKED: Final = max(map(len, _URGENT))
 # Unlike the socket's own, it keeps Python's interpreter lock, since it never waits.
@@ -91,6 +95,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
     """Accepts all clients that wait at once, and answers their requests in turn."""
 
     _look_at_memory_at = 0.0
+    _tell_at = 0.0
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -111,9 +116,21 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             at_most = 1
             if self._count.is_ahead():
                 time.sleep(LEAVE_TO_OTHERS_S)
-        with self.tpool.held(), suppress(BlockingIOError, ConnectionAbortedError):
-            for _ in range(at_most):
-                self._take(_Connection(self.cfg, *listener.accept(), listener.getsockname()))
+        try:
+            with self.tpool.held(), suppress(BlockingIOError, ConnectionAbortedError):
+                for _ in range(at_most):
+                    self._take(_Connection(self.cfg, *listener.accept(), listener.getsockname()))
+        except OSError as error:
+            if error.errno not in _NOTHING_LEFT:
+                raise
+            self._leave_waiting(error)
+
+    def _leave_waiting(self, error: OSError) -> None:
+        """Let clients wait until others have left, where the system has no file descriptor or memory for them."""
+        if (now := time.monotonic()) >= self._tell_at:
+            self._tell_at = now + TELL_AGAIN_AFTER_S
+            self.log.warning("Clients have to wait: %s (%d are connected)", error.strerror, self.nr_conns)
+        time.sleep(LOOK_AGAIN_AFTER_S)
 
     def set_accept_enabled(self, enabled: bool) -> None:
         super().set_accept_enabled(enabled)
