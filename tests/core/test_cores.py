@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -30,6 +31,27 @@ def in_thread() -> Iterator[Callable[[Callable[[], object]], None]]:
     cores._own.clear()
     while cores._locks:
         cores._locks.pop().close()
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"cpu.max": "150000 100000\n"}, 1.5),
+        ({"cpu.max": "max 100000\n"}, math.inf),
+        ({"cpu/cpu.cfs_quota_us": "50000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 0.5),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, math.inf),
+        ({}, math.inf),
+    ],
+    ids=["version 2", "version 2 without a limit", "version 1", "version 1 without a limit", "none"],
+)
+def test_what_a_container_may_use_is_read_from_its_cgroup(
+    tmp_path: Path, files: dict[str, str], expected: float
+) -> None:
+    (tmp_path / "cpu").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+
+    assert cores._quota(tmp_path) == expected
 
 
 def test_threads_started_later_keep_to_the_same_core(tmp_path: Path, in_thread: Callable[..., None]) -> None:

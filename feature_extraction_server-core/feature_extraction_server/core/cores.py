@@ -26,13 +26,14 @@ from typing import IO, Final
 ALLOWED: Final = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 
 
-def _quota() -> float:
+def _quota(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
     """Return how many cores' time a container may use (Docker's --cpus, Kubernetes' limits)."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return int(quota) / int(period)
-    except (OSError, ValueError):  # no such file, or "max"
-        return math.inf
+    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # of cgroups' version 2, and 1
+        with suppress(OSError, ValueError):  # there are no such files, or they say "max"
+            quota, period = (int(number) for file in files for number in (cgroup / file).read_text().split())
+            if quota > 0:
+                return quota / period
+    return math.inf
 
 
 #: How many threads can really compute at the same time.
