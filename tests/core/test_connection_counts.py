@@ -57,6 +57,22 @@ def test_a_dead_one_counts_for_nothing_and_its_place_is_taken(monkeypatch: pytes
     assert connection_counts._shared.tolist() == [os.getpid(), 9, os.getpid(), 3, 0, 0, 0, 0]
 
 
+def test_one_whose_number_somebody_else_s_process_has_by_now_counts_for_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    count, dead = ConnectionCount(), ConnectionCount()
+    count.tell(9)
+    dead.tell(0)
+    assert count.is_ahead()
+
+    def kill(pid: int, signal: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", kill)
+
+    assert not count.is_ahead()
+
+
 def test_those_that_find_no_place_are_never_ahead() -> None:
     *_, last = [ConnectionCount() for _ in range(5)]
 

@@ -51,7 +51,7 @@ class ConnectionCount:
 def _is_alive(pid: int) -> bool:
     if not pid:
         return False
-    with suppress(ProcessLookupError):
+    with suppress(OSError):  # there is none of that number, or it is somebody else's by now
         os.kill(pid, 0)
         return True
     return False
