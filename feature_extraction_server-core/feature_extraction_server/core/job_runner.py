@@ -340,9 +340,10 @@ class JobRunner:
             try:
                 threading.Thread(target=self._work, args=(run,), name=f"job-{run.job.id}", daemon=True).start()
             except RuntimeError:  # the system has none left: the lookout tries again
-                with self._changed:
-                    self._runs.discard(run)
-                self._save(partial(run.store.give_back, [run.job]))
+                try:
+                    self._save(partial(run.store.give_back, [run.job]))
+                finally:
+                    self._end(run)
                 return
 
     def _claim(self, payloads: Mapping[str, dict[str, Any]] = MappingProxyType({})) -> _Run | None:
@@ -379,11 +380,14 @@ class JobRunner:
                 if not self._closing.is_set():  # otherwise, the store is closed
                     logger.exception("What came of the job %s is lost", run.job.id)
             finally:
-                with self._changed:
-                    self._runs.discard(run)
-                    self._changed.notify_all()
+                self._end(run)
             self._tell_end([run.job.id])
             run = self._claim()
+
+    def _end(self, run: _Run) -> None:
+        with self._changed:
+            self._runs.discard(run)
+            self._changed.notify_all()
 
     def _outcome(self, run: _Run, record: RequestRecord) -> Callable[[], None] | None:
         """Run a job, whose record is this thread's current one, and return what writes down what came of it."""
