@@ -29,6 +29,7 @@ from pydantic import TypeAdapter, ValidationError
 from feature_extraction_server.core import media, pixels
 from feature_extraction_server.core.errors import InvalidInput, ModelError, TooLarge
 from feature_extraction_server.core.url_fetch import UrlFetcher, is_url
+from feature_extraction_server.core.wire import SCALARS
 
 if TYPE_CHECKING:
     from feature_extraction_server.core.result_cache import CachedRequest
@@ -46,7 +47,6 @@ _EXAMPLE_AUDIO: Final = "UklGRjAAAABXQVZFZm10IBAAAAABAAEAQB8AAEAfAAABAAgAZGF0YQw
 
 
 _URLS_OFF: Final = UrlFetcher()
-_SCALARS: Final = frozenset({float, int, str, bool, type(None)})
 
 
 @dataclass(frozen=True)
@@ -481,7 +481,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(element) for key, element in value.items()}
     if isinstance(value, (list, tuple)):
-        if _SCALARS.issuperset(map(type, value)):  # a vector, say
+        if SCALARS.issuperset(map(type, value)):
             return list(value)
         return [_plain(element) for element in value]
     return value

@@ -37,7 +37,8 @@ STALL_TIMEOUT_S: Final = 60
 _MAX_PARTS_A_CALL: Final = 512  # sendmsg takes IOV_MAX (1024) at most
 _DESCRIPTOR: Final = struct.Struct("i")
 _SEND_CHECK_INTERVAL_S: Final = 1  # how often one who sends looks at the time
-_SCALARS: Final = frozenset({float, int, str, bool, type(None)})
+#: In a list of nothing else, a vector say, there is no tensor and no array to look for.
+SCALARS: Final = frozenset({float, int, str, bool, type(None)})
 
 
 _Sent = TypeVar("_Sent")
@@ -274,7 +275,7 @@ def without_torch(result: Any) -> Any:
         tensor = result.detach().cpu()
         return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
     if isinstance(result, (list, tuple)):
-        if _SCALARS.issuperset(map(type, result)):  # a vector, say
+        if SCALARS.issuperset(map(type, result)):
             return result
         return [without_torch(element) for element in result]
     if isinstance(result, dict):
