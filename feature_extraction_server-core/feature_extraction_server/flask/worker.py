@@ -132,17 +132,9 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             self.log.warning("Clients have to wait: %s (%d are connected)", error.strerror, self.nr_conns)
         time.sleep(LOOK_AGAIN_AFTER_S)
 
-    def set_accept_enabled(self, enabled: bool) -> None:
-        super().set_accept_enabled(enabled)
-        self._tell_count()
-
-    def _tell_count(self) -> None:
-        self._count.tell(self.nr_conns if self._accepting else NO_MORE)
-
     def _take(self, conn: TConn) -> None:
         """Let a new client's request wait for its turn if it has come, else wait for it."""
         self.nr_conns += 1
-        self._tell_count()
         conn.data_ready = True
         if (begun := _beginning(conn)) is not None:
             self._enqueue(conn, begun)
@@ -192,10 +184,10 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             conn.timeout = min(conn.timeout, deadline)
 
     def wait_for_and_dispatch_events(self, timeout: float) -> None:
+        self._count.tell(self.nr_conns if self._accepting else NO_MORE)
         if (soon := self.tpool.end_long_turns()) is not None:
             timeout = min(timeout, soon)
         super().wait_for_and_dispatch_events(timeout)
-        self._tell_count()
         if (now := time.monotonic()) >= self._look_at_memory_at:
             self._look_at_memory_at = now + GIVE_BACK_AFTER_S / 4
             if give_back_unused(GIVE_BACK_AFTER_S):
