@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +167,15 @@ class Server:
 
     def get(self, path: str, timeout: float = 120) -> requests.Response:
         return requests.get(self.url + path, timeout=timeout)
+
+    def workers(self) -> set[psutil.Process]:
+        """Return the processes of a gunicorn that answer requests; the engine is none of them."""
+        found = set()
+        for child in psutil.Process(self.process.pid).children():
+            with suppress(psutil.Error):  # it has just ended
+                if "gunicorn" in child.cmdline():
+                    found.add(child)
+        return found
 
     def log(self) -> str:
         return self._log.read_text(errors="replace")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from feature_extraction_server.core import cores
+from feature_extraction_server.core import cores, places
 
 ALLOWED = cores.ALLOWED
 pytestmark = pytest.mark.skipif(len(ALLOWED) < 2, reason="there is only one core")
@@ -29,8 +29,8 @@ def in_thread() -> Iterator[Callable[[Callable[[], object]], None]]:
 
     yield run
     cores._own.clear()
-    while cores._locks:
-        cores._locks.pop().close()
+    while places._locks:
+        places._locks.pop().close()
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_a_process_that_keeps_to_no_core_is_left_alone(in_thread: Callable[..., 
 SPREAD = """
 import os, sys, threading, time
 from pathlib import Path
-from feature_extraction_server.core import cores
+from feature_extraction_server.core import cores, places
 cores.KEEP_AGAIN_AFTER_S = 0.5
 cores.keep_to_one_core(Path(sys.argv[1]), 0)
 stay = threading.Event()

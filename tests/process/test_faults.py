@@ -51,16 +51,6 @@ def engine_of(server: Server) -> psutil.Process:
     return psutil.Process(status(server, "fake_slow")["engine_pid"])
 
 
-def workers_of(server: Server) -> set[psutil.Process]:
-    def is_worker(child: psutil.Process) -> bool:
-        try:
-            return "gunicorn" in child.cmdline()
-        except psutil.Error:  # it has just ended
-            return False
-
-    return {child for child in psutil.Process(server.process.pid).children() if is_worker(child)}
-
-
 def all_of(server: Server) -> list[psutil.Process]:
     """Every process of a server: master, web workers, engine and what the engine has started."""
     master, engine = psutil.Process(server.process.pid), engine_of(server)
@@ -98,7 +88,7 @@ def test_killed_engine_costs_the_requests_that_it_had_a_503_and_the_next_ones_no
     server = gunicorn(*options, "-w", "2", FAKE_SECONDS="0.1")
     with Load(server, SLOW) as load:
         load.wait_for_successes(16)
-        engine, workers = engine_of(server), workers_of(server)
+        engine, workers = engine_of(server), server.workers()
 
         engine.kill()
 
@@ -107,7 +97,7 @@ def test_killed_engine_costs_the_requests_that_it_had_a_503_and_the_next_ones_no
     assert load.labels().keys() == {"200", DIED}
     assert load.labels()[DIED] <= 16
     assert next_engine != engine
-    assert workers_of(server) == workers
+    assert server.workers() == workers
     assert len(private_directories(server)) == 1
 
 
@@ -116,7 +106,7 @@ def test_killed_process_of_a_model_costs_its_requests_a_503_and_its_neighbours_n
     with Load(server, FRAGILE, 8) as load, Load(server, SLOW, 8) as neighbours:
         load.wait_for_successes(8)
         neighbours.wait_for_successes(8)
-        engine, workers = engine_of(server), workers_of(server)
+        engine, workers = engine_of(server), server.workers()
         (pid,) = status(server, "fake_fragile")["pids"]
 
         psutil.Process(pid).kill()
@@ -126,7 +116,7 @@ def test_killed_process_of_a_model_costs_its_requests_a_503_and_its_neighbours_n
     assert load.labels().keys() <= {"200", DIED}
     assert load.labels()[DIED] <= 8
     assert neighbours.labels().keys() == {"200"}
-    assert (engine_of(server), workers_of(server)) == (engine, workers)
+    assert (engine_of(server), server.workers()) == (engine, workers)
     assert status(server, "fake_fragile")["pids"] != [pid]
 
 
@@ -134,17 +124,17 @@ def test_killed_web_worker_costs_its_own_connections_only(gunicorn: StartServer)
     server = gunicorn(*CONFIGURED, "-w", "2", FAKE_SECONDS="0.1")
     with Load(server, SLOW) as load:
         load.wait_for_successes(16)
-        engine, workers = engine_of(server), workers_of(server)
+        engine, workers = engine_of(server), server.workers()
         other, killed = sorted(workers, key=psutil.Process.num_fds)  # killed is the one with more connections
 
         killed.kill()
 
-        wait_until(lambda: len(workers_of(server) - {killed}) == 2, "another worker")
+        wait_until(lambda: len(server.workers() - {killed}) == 2, "another worker")
         load.wait_for_successes(32)
     broken = {label: n for label, n in load.labels().items() if label.startswith("broken")}
     assert load.labels().keys() - broken.keys() == {"200"}
     assert 1 <= sum(broken.values()) <= 16
-    assert other in workers_of(server)
+    assert other in server.workers()
     assert engine_of(server) == engine
 
 
@@ -365,11 +355,11 @@ def test_sighup_under_load_loses_no_request_and_keeps_the_models(
     server = gunicorn(*options, "-w", "2", FAKE_SECONDS="0.1")
     with Load(server, SLOW) as load:
         load.wait_for_successes(16)
-        engine, workers = engine_of(server), workers_of(server)
+        engine, workers = engine_of(server), server.workers()
 
         server.process.send_signal(signal.SIGHUP)
 
-        wait_until(lambda: not workers & workers_of(server) and len(workers_of(server)) == 2, "other workers")
+        wait_until(lambda: not workers & server.workers() and len(server.workers()) == 2, "other workers")
         load.wait_for_successes(16)
     assert load.labels().keys() == {"200"}
     assert engine_of(server) == engine

@@ -143,8 +143,8 @@ def test_new_connections_go_to_the_worker_that_has_few(gunicorn: StartServer, tm
     leave_to_others_s = 0.05
     server = gunicorn("-c", worker_configuration(tmp_path, LEAVE_TO_OTHERS_S=leave_to_others_s), "-w", "2")
     _, port = address(server)
-    wait_until(lambda: len(workers(server)) == 2, "both workers")
-    first, second = workers(server)
+    wait_until(lambda: len(server.workers()) == 2, "both workers")
+    first, second = server.workers()
 
     def accepted(worker: psutil.Process) -> int:
         return sum(found.laddr.port == port and found.status == "ESTABLISHED" for found in worker.net_connections())
@@ -177,7 +177,7 @@ def test_clients_for_whom_there_is_no_file_descriptor_wait_until_others_have_lef
         + Path(worker_configuration(tmp_path)).read_text()
     )
     server = gunicorn("-c", str(configuration))
-    (worker,) = workers(server)
+    (worker,) = server.workers()
     with ExitStack() as kept_open:
         connections = [kept_open.enter_context(connect(server)) for _ in range(300)]
         wait_until(lambda: worker.num_fds() >= 149, "all file descriptors to be in use")
@@ -186,7 +186,7 @@ def test_clients_for_whom_there_is_no_file_descriptor_wait_until_others_have_lef
             connection.sendall(b"GET /health/live HTTP/1.1\r\nHost: here\r\nConnection: close\r\n\r\n")
 
         assert {read_answer(connection)[0] for connection in connections} == {200}
-    assert workers(server) == [worker]
+    assert server.workers() == {worker}
     assert len(re.findall("Clients have to wait: Too many open files", server.log())) == 1
 
 
@@ -294,14 +294,10 @@ def children(server: Server) -> list[psutil.Process]:
     return psutil.Process(server.process.pid).children(recursive=True)
 
 
-def workers(server: Server) -> list[psutil.Process]:
-    return [child for child in children(server) if "gunicorn" in " ".join(child.cmdline())]
-
-
 def test_killed_worker_is_replaced_and_no_client_sees_html(gunicorn: StartServer) -> None:
     server = gunicorn("-w", "1", "--preload", "--worker-class", "gthread", "--threads", "8")
     server.post(CAPTION, {"image": PNG})
-    (worker,) = workers(server)
+    (worker,) = server.workers()
 
     os.kill(worker.pid, signal.SIGKILL)
     answers: list[requests.Response] = []

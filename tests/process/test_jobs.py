@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sqlite3
 import tempfile
 from collections.abc import Callable
@@ -19,7 +17,7 @@ from PIL import Image
 
 from feature_extraction_server.core.engine_client import private_directory
 from tests.conftest import Server, encode_image
-from tests.process.test_engine_process import engine_of, is_gone, workers_of
+from tests.process.test_engine_process import engine_of, is_gone
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.process
@@ -99,8 +97,8 @@ def test_a_killed_worker_s_jobs_are_run_by_the_others(gunicorn: Gunicorn, tmp_pa
     locations = [submit(server, SLOW, width) for width in (2, 3)]
     wait_until(lambda: states(path) == ["running"] * 2)
 
-    for pid in workers_of(server):
-        os.kill(pid, signal.SIGKILL)
+    for worker in server.workers():
+        worker.kill()
 
     assert [job(server, location)["state"] for location in locations] == ["succeeded"] * 2
     assert crashes(path) == [1, 1]

@@ -12,7 +12,6 @@ decode and a model, on two cores, left a quarter of their time unused.
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
 import threading
@@ -20,7 +19,9 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Final
+from typing import Final
+
+from feature_extraction_server.core.places import take_place
 
 #: What this process may use; empty where the system does not say.
 ALLOWED: Final = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -38,7 +39,6 @@ def _quota(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
 
 #: How many threads can really compute at the same time.
 N_CORES: Final = max(1, int(min(len(ALLOWED) or os.cpu_count() or 1, _quota())))
-_locks: list[IO[bytes]] = []  # kept open for as long as the process lives
 _own: set[int] = set()
 #: How long after it last asked for all cores a worker keeps to its own again.
 KEEP_AGAIN_AFTER_S = 1.0
@@ -58,7 +58,7 @@ def keep_to_one_core(directory: Path, first: int) -> None:
     if len(ALLOWED) < 2:
         return
     _own.clear()
-    _own.add(_choose(directory, first))
+    _own.add(ALLOWED[(first + take_place(directory, "core")) % len(ALLOWED)])
     os.sched_setaffinity(0, _own)
 
 
@@ -112,18 +112,3 @@ def _move_threads(cores: Collection[int]) -> None:
         if thread not in _elsewhere:
             with suppress(OSError):  # it has ended
                 os.sched_setaffinity(thread, cores)
-
-
-def _choose(directory: Path, first: int) -> int:
-    """Lock the first file that is free of those for one process a core, for a second one a core, and so on."""
-    n = 0
-    while True:
-        file = (directory / f"core-{n}").open("wb")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.close()
-            n += 1
-            continue
-        _locks.append(file)
-        return ALLOWED[(first + n) % len(ALLOWED)]

@@ -1,8 +1,8 @@
 """The monitoring API: ``/health/live`` and ``/health/ready`` for supervisors, ``/metrics`` for Prometheus.
 
 What models do is told by the engine, the one for all web workers. Requests are counted by the web workers, each in
-files of its own in the server's private directory, so that whichever answers can add up all of them, those of workers
-that have ended included. The directory goes with the server.
+a file of its own in the server's private directory, so that whichever answers can add up all of them. The file of a
+worker that has ended is the next one's, which counts on from there. The directory goes with the server.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 from feature_extraction_server.core.application import ApplicationInterface
 from feature_extraction_server.core.errors import DeadlineExceeded, ModelUnavailable
 from feature_extraction_server.core.model import State
+from feature_extraction_server.core.places import take_place
 from feature_extraction_server.core.tracking import current
 from feature_extraction_server.flask.openapi import json_response, operation
 
@@ -34,6 +35,8 @@ HEALTH_TIMEOUT_S: Final = 0.08
 METRICS_TIMEOUT_S: Final = 1.0
 #: An engine that answers late, a model holding Python's interpreter lock, is taken to be as it was this long ago.
 REMEMBERED_S: Final = 5.0
+#: Of the file in which a web worker counts: room for four thousand combinations of labels.
+COUNTS_BYTES: Final = 1 << 20
 
 Overview = list[dict[str, Any]]
 
@@ -93,6 +96,7 @@ def _reason(name: str, told: dict[str, Any] | None) -> str:
 def _count_requests(application: ApplicationInterface) -> tuple[Callable[[Response], Response], CollectorRegistry]:
     """Return what counts a request by its answer, and the registry that collects the counts of all web workers."""
     collected, own = CollectorRegistry(), CollectorRegistry()
+    place: _Place | None = None
     directory = application.shared_directory and application.shared_directory / "metrics"
     if directory is None:
         values.ValueClass = values.MutexValue
@@ -101,7 +105,8 @@ def _count_requests(application: ApplicationInterface) -> tuple[Callable[[Respon
         # The library itself would decide when it is first imported, and for the whole process.
         directory.mkdir(exist_ok=True)
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(directory)
-        values.ValueClass = values.MultiProcessValue()  # type: ignore[no-untyped-call]
+        place = _Place(directory)
+        values.ValueClass = values.MultiProcessValue(place.number)  # type: ignore[no-untyped-call]
         collected.register(_OfAllWorkers(directory))
     labels = ("method", "route", "task", "model", "status")
     requests = Counter("fes_requests", "Requests that were answered", labels, registry=own)
@@ -120,13 +125,52 @@ def _count_requests(application: ApplicationInterface) -> tuple[Callable[[Respon
         key = method, route, task, model, str(response.status_code)
         try:
             if (counter := counters.get(key)) is None:
+                if place is not None:
+                    place.make_room()
                 counter = counters[key] = requests.labels(*key)
             counter.inc()
-        except OSError:  # somebody has taken the directory away: an answer is worth more than its count
+        except (
+            OSError
+        ):  # the disk is full, or the directory has been taken away: the answer is worth more than its count
             logger.debug("A request could not be counted", exc_info=True)
         return response
 
     return count, collected
+
+
+class _Place:
+    """Which of the files in a directory a process counts in."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._taken = 0, 0  # by which process, and the file's number
+
+    def number(self) -> int:
+        """Return the number in the name of this process's file."""
+        pid, number = self._taken
+        if pid != os.getpid():  # the first call, or the first after a fork
+            number = take_place(self._directory, "place")
+            self._taken = os.getpid(), number
+        return number
+
+    def make_room(self) -> None:
+        """Have the disk keep room for the file.
+
+        The library counts in mapped memory. Where the disk has no room for it, the system kills who writes there.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        file = self._directory / f"counter_{self.number()}.db"
+        if file.exists():
+            return
+        new = file.with_suffix(".new")  # complete before others look into it
+        try:
+            new.write_bytes(bytes(COUNTS_BYTES))
+            new.rename(file)
+        except OSError:
+            new.unlink(missing_ok=True)
+            raise
 
 
 class _OfAllWorkers:
