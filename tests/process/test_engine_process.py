@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
@@ -36,6 +37,16 @@ def engine_of(server: Server) -> psutil.Process:
     return psutil.Process(server.get(STATUS).json()["engine_pid"])
 
 
+def engines_of(server: Server) -> list[psutil.Process]:
+    def is_engine(process: psutil.Process) -> bool:
+        try:
+            return "feature_extraction_server.core.engine_process" in process.cmdline()
+        except psutil.Error:  # it has just ended
+            return False
+
+    return [child for child in psutil.Process(server.process.pid).children(recursive=True) if is_engine(child)]
+
+
 def n_accepted(server: Server) -> int:
     status = server.get(STATUS).json()
     return int(status["running_jobs"]) + int(status["queue_depth"])
@@ -47,11 +58,6 @@ def is_gone(process: psutil.Process) -> bool:
         return bool(process.status() == psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return True
-
-
-def workers_of(server: Server) -> list[int]:
-    children = [child for child in psutil.Process(server.process.pid).children() if not is_gone(child)]
-    return [child.pid for child in children if "engine_process" not in " ".join(child.cmdline())]
 
 
 @pytest.mark.parametrize("preload", [("--preload",), ()], ids=["preload", "no preload"])
@@ -92,14 +98,33 @@ def test_a_recycled_or_killed_worker_does_not_touch_the_engine(gunicorn: Gunicor
     server = gunicorn(*THREADS, "--preload", "-w", "1")
     before = engine_of(server).pid
     server.post(CAPTION, {"image": picture})
-    (worker,) = workers_of(server)
+    (worker,) = server.workers()
 
-    os.kill(worker, signal.SIGKILL)
-    wait_until(lambda: bool(workers_of(server)) and workers_of(server) != [worker])
+    worker.kill()
+    wait_until(lambda: bool(server.workers() - {worker}))
 
     server.wait_until_ready()
     assert server.get(STATUS).json()["state"] == "running"
     assert engine_of(server).pid == before
+
+
+@pytest.mark.parametrize("what", ["", "engine"], ids=["directory", "socket"])
+def test_one_engine_is_left_when_a_clean_up_of_temporary_files_has_taken_what_it_is_found_by(
+    gunicorn: Gunicorn, picture: str, pool: ThreadPoolExecutor, what: str
+) -> None:
+    server = gunicorn(*THREADS, "-w", "2", FAKE_SECONDS="0.5")
+    server.post(CAPTION, {"image": picture})
+    taken = private_directory(server.process.pid) / what
+
+    shutil.rmtree(taken) if taken.is_dir() else taken.unlink()
+    answers = list(pool.map(lambda _: server.post(CAPTION, {"image": picture}), range(16)))
+
+    assert {answer.status_code for answer in answers} == {200}
+    wait_until(lambda: len(engines_of(server)) == 1, "one engine")
+    for _ in range(8):
+        assert server.post(CAPTION, {"image": picture}).status_code == 200
+    assert len(engines_of(server)) == 1
+    assert taken.exists()
 
 
 @pytest.mark.parametrize("preload", [("--preload",), ()], ids=["preload", "no preload"])
@@ -202,8 +227,8 @@ def test_tensors_leave_the_engine_as_numbers_and_no_torch_enters_a_web_worker(
     )
 
     assert answer.json() == [0.5]
-    (worker,) = workers_of(server)
-    assert "libtorch" not in Path(f"/proc/{worker}/maps").read_text()
+    (worker,) = server.workers()
+    assert "libtorch" not in Path(f"/proc/{worker.pid}/maps").read_text()
 
 
 def test_errors_cross_the_processes_whole(gunicorn: Gunicorn, picture: str) -> None:

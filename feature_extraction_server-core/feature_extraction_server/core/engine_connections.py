@@ -43,14 +43,19 @@ class Connections:
     """
 
     def __init__(self, listener: socket.socket, engine: Engine, ending: threading.Event) -> None:
-        listener.setblocking(False)
-        self._listener = listener
         self._engine = engine
         self._ending = ending
         # One thread waits for what has come. Others may add to what it waits for meanwhile.
         self._selector = selectors.DefaultSelector()
-        self._selector.register(listener, selectors.EVENT_READ, self._accept)
         self._open: set[Connection] = set()
+        self._listeners: list[socket.socket] = []
+        self.listen(listener)
+
+    def listen(self, listener: socket.socket) -> None:
+        """Let web workers come by this listening socket, too."""
+        listener.setblocking(False)
+        self._listeners.append(listener)
+        self._selector.register(listener, selectors.EVENT_READ, partial(self._accept, listener))
 
     def serve(self) -> None:
         """Serve as long as the process lives."""
@@ -66,17 +71,18 @@ class Connections:
         """Do what nothing else gives the occasion for; to be called now and then, by one other thread."""
         for connection in list(self._open):
             connection.end_overdue_call()
-        if self._listener not in self._selector.get_map():
-            self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
+        for listener in self._listeners:
+            if listener not in self._selector.get_map():
+                self._selector.register(listener, selectors.EVENT_READ, partial(self._accept, listener))
 
-    def _accept(self) -> None:
+    def _accept(self, listener: socket.socket) -> None:
         try:
-            connected, _ = self._listener.accept()
+            connected, _ = listener.accept()
         except BlockingIOError:  # who came has left
             return
         except OSError:
             logger.exception("A connection of a web worker could not be accepted")
-            self._selector.unregister(self._listener)  # out of file descriptors, say: not a reason to spin
+            self._selector.unregister(listener)  # out of file descriptors, say: not a reason to spin
             return
         connected.setblocking(True)
         connection = Connection(connected, self._engine, self._ending)

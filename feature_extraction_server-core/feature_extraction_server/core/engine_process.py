@@ -2,7 +2,7 @@
 
     python -m feature_extraction_server.core.engine_process DIRECTORY OWNER_PID
 
-It listens on ``DIRECTORY/engine`` and ends when the owner has gone.
+It listens on ``DIRECTORY/engine`` and ends when the owner has gone, or when another engine has taken its place there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,12 @@ from pathlib import Path
 from typing import Final
 
 from feature_extraction_server.core import subprocesses
-from feature_extraction_server.core.engine_client import ENGINE_MODULE, is_alive, process_start_time
+from feature_extraction_server.core.engine_client import (
+    ENGINE_MODULE,
+    is_alive,
+    private_directory,
+    process_start_time,
+)
 from feature_extraction_server.core.engine_connections import Connections
 from feature_extraction_server.core.settings import SettingsManager
 from feature_extraction_server.core.setup import build_engine
@@ -30,32 +35,74 @@ CHECK_INTERVAL_S: Final = 0.2
 
 
 def main(directory: Path, owner_pid: int) -> None:
-    """Serve until the owner has gone or a client says ``shutdown``."""
+    """Serve until the owner has gone, a client says ``shutdown``, or another engine has taken this one's place."""
     subprocesses.ignore_signals()
     engine = build_engine(SettingsManager(), kinds=subprocesses.KINDS)
     address = directory / "engine"
-    with suppress(FileNotFoundError):
-        address.unlink()  # of an engine that was killed
-    listener = socket.socket(socket.AF_UNIX)
-    listener.bind(str(address))
-    listener.listen(BACKLOG)
+    if _is_taken(address):
+        logger.warning("Another engine listens on %s already; this one ends", address)
+        engine.close()
+        return
+    listener, place = _listen(address)
     ending = threading.Event()
     connections = Connections(listener, engine, ending)
     threading.Thread(target=connections.serve, name="connections", daemon=True).start()
     logger.info("The engine runs for the process %d", owner_pid)
     engine.preload()
     born = process_start_time(owner_pid)
-    while not ending.wait(CHECK_INTERVAL_S) and is_alive(owner_pid, born):
+    is_replaced = False
+    while not (is_replaced or ending.wait(CHECK_INTERVAL_S)) and is_alive(owner_pid, born):
         try:
             connections.look_round()
             engine.notice_dead_consumers()
+            found = _place(address)
+            is_replaced = found not in (place, None)
+            if found is None:
+                logger.warning("%s is gone, as after a clean-up of temporary files; the engine makes it again", address)
+                private_directory(owner_pid)
+                listener, place = _listen(address)
+                connections.listen(listener)
         except Exception:
             logger.exception("The engine failed to look round")
-    shutil.rmtree(directory, ignore_errors=True)
+    if is_replaced:
+        logger.warning("Another engine listens on %s now; this one ends", address)
+    else:
+        shutil.rmtree(directory, ignore_errors=True)
     engine.close()
     # Threads may still sit in a model's native code or in a read; nobody waits for them any more.
     logging.shutdown()
     os._exit(0)
+
+
+def _is_taken(address: Path) -> bool:
+    """Tell whether an engine listens there. It may be one whose socket was gone when this one was started."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(str(address))
+        except BlockingIOError:  # so many wait for it
+            return True
+        except OSError:
+            return False
+        return True
+
+
+def _listen(address: Path) -> tuple[socket.socket, int | None]:
+    """Return a socket that listens there, and its place in the file system."""
+    with suppress(FileNotFoundError):
+        address.unlink()  # of an engine that was killed
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(address))
+    listener.listen(BACKLOG)
+    return listener, _place(address)
+
+
+def _place(address: Path) -> int | None:
+    """Return what tells a socket in the file system from another; None where there is nothing."""
+    try:
+        return address.lstat().st_ino
+    except FileNotFoundError:
+        return None
 
 
 if __name__ == "__main__":
