@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from flask.testing import FlaskClient
 from prometheus_client.parser import text_string_to_metric_families
 from werkzeug.test import TestResponse
 
+from feature_extraction_server.apis import monitoring_api
 from feature_extraction_server.core.engine import Engine
 from feature_extraction_server.core.errors import DeadlineExceeded, ModelUnavailable
 from feature_extraction_server.flask.app import create_app
 from tests.http.conftest import MakeClient
-from tests.waiting import TIMEOUT_S, wait_until
+from tests.waiting import TIMEOUT_S, at_once, wait_until
 
 ECHO = "/api/tasks/fake_shout/models/fake_echo/features"
 CAPTIONS = "/api/tasks/image_captioning/models/{}/features"
@@ -312,3 +314,22 @@ def test_metrics_do_without_an_engine_that_is_late(engine: Engine, monkeypatch: 
 
     assert value(client, "fes_engine_up") == 0
     assert value(client, "fes_requests_total", method="GET", route="/metrics", task="", model="", status="200") == 1
+
+
+def test_threads_that_count_at_once_make_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+    write_bytes = Path.write_bytes
+
+    def write_slowly(path: Path, data: bytes) -> int:
+        written.append(path)
+        time.sleep(0.05)
+        return write_bytes(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", write_slowly)
+    place = monitoring_api._Place(tmp_path)
+
+    at_once(4, lambda _: place.make_room())
+
+    assert len(written) == 1
+    (file,) = tmp_path.glob("*.db")
+    assert file.stat().st_size == monitoring_api.COUNTS_BYTES

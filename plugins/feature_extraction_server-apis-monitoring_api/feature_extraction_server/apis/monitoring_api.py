@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -144,6 +145,7 @@ class _Place:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._taken = 0, 0  # by which process, and the file's number
+        self._lock = threading.Lock()
 
     def number(self) -> int:
         """Return the number in the name of this process's file."""
@@ -161,16 +163,17 @@ class _Place:
         Raises:
             OSError: the disk is full.
         """
-        file = self._directory / f"counter_{self.number()}.db"
-        if file.exists():
-            return
-        new = file.with_suffix(".new")  # complete before others look into it
-        try:
-            new.write_bytes(bytes(COUNTS_BYTES))
-            new.rename(file)
-        except OSError:
-            new.unlink(missing_ok=True)
-            raise
+        with self._lock:  # else a second thread would write its zeros over what is counted by then
+            file = self._directory / f"counter_{self.number()}.db"
+            if file.exists():
+                return
+            new = file.with_suffix(".new")  # complete before others look into it
+            try:
+                new.write_bytes(bytes(COUNTS_BYTES))
+                new.rename(file)
+            except OSError:
+                new.unlink(missing_ok=True)
+                raise
 
 
 class _OfAllWorkers:
