@@ -112,9 +112,12 @@ class Channel:
         if len(data) < end:
             data += self._read(end - len(data))
         self._unread = data[end:]
+        pickled = data[start:end]
+        if not n_arrays and self._memory is None:
+            return pickle.loads(pickled)
         lengths = struct.unpack_from(f"<{n_arrays}Q", data, _HEADER.size)
         arrays = [self._read(length) for length in lengths]
-        return _Unpickler(io.BytesIO(data[start:end]), arrays, self._take_pictures).load()
+        return _Unpickler(io.BytesIO(pickled), arrays, self._take_pictures).load()
 
     def _take_pictures(self) -> Callable[[int, int], Image.Image]:
         """Return a function that gives the pictures of the message in turn, each by its width and height."""
@@ -289,7 +292,7 @@ def _pickle(message: Any) -> tuple[list[memoryview], list[Image.Image]]:
     pickler = _Pickler(file)
     pickler.dump(message)
     pickled, arrays = file.getvalue(), pickler.arrays
-    lengths = struct.pack(f"<{len(arrays)}Q", *(array.nbytes for array in arrays))
+    lengths = struct.pack(f"<{len(arrays)}Q", *(array.nbytes for array in arrays)) if arrays else b""
     return [memoryview(_HEADER.pack(len(arrays), len(pickled)) + lengths + pickled), *arrays], pickler.pictures
 
 

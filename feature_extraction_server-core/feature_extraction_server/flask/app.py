@@ -10,15 +10,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
-from flask import Flask, Response, jsonify, request
+from flask import Flask, Request, Response, jsonify, request
 from flask.json.provider import DefaultJSONProvider
 from werkzeug.exceptions import HTTPException, RequestEntityTooLarge
+from werkzeug.routing import MapAdapter
 
 from feature_extraction_server.core.application import ApplicationInterface
 from feature_extraction_server.core.errors import NotFound, ServerError
 from feature_extraction_server.core.to_json import to_json
 from feature_extraction_server.core.tracking import current
 from feature_extraction_server.flask.access import add_access_control, refuse_foreign_page
+from feature_extraction_server.flask.addresses import Addresses
 from feature_extraction_server.flask.request_body import body_too_large
 from feature_extraction_server.flask.request_log import with_request_log
 from feature_extraction_server.flask.tracing import tracing
@@ -48,6 +50,12 @@ class _App(Flask):
     """Refuses what foreign pages send before anything else. A hook of Flask's would cost all other requests more."""
 
     origins: frozenset[str] = frozenset()
+    addresses: Addresses
+
+    def create_url_adapter(self, request: Request | None) -> MapAdapter | None:
+        if request is None:
+            return super().create_url_adapter(None)
+        return self.addresses.of(request, super().create_url_adapter)
 
     def preprocess_request(self) -> Any:
         if (record := current.get()) is not None and record.origin is not None:
@@ -62,6 +70,7 @@ def create_app(application: ApplicationInterface) -> Flask:
     """
     app = _App(__name__, static_folder=None)
     app.origins = application.settings.cors_origins()
+    app.addresses = Addresses()
     app.json = _JSONProvider(app)
     app.url_map.strict_slashes = False
     app.url_map.merge_slashes = False  # an empty name is told as such, not redirected to another route

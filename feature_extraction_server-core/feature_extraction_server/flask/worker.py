@@ -47,6 +47,7 @@ LOOK_AGAIN_AFTER_S: Final = 0.01
 TELL_AGAIN_AFTER_S: Final = 60.0
 _URGENT: Final = (b"GET ", b"HEAD ", b"OPTIONS ")
 _PEEKED: Final = max(map(len, _URGENT))
+_PEEK: Final = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)  # once, since flags are slow to combine
 # Unlike the socket's own, it keeps Python's interpreter lock, since it never waits.
 _recv: Final = ctypes.PyDLL(None, use_errno=True).recv
 
@@ -105,6 +106,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         return Turns(N_AT_ONCE, self.cfg.threads)
 
     def run(self) -> None:
+        # gunicorn looks settings up 22 times a request, each by three calls. They stay what they are from here on.
+        self.cfg.__dict__.update({name: setting.get() for name, setting in self.cfg.settings.items()})
         # What is loaded by now stays. To look through it all for garbage takes 60 ms, in which nobody is answered.
         gc.collect()
         gc.freeze()
@@ -197,7 +200,7 @@ class Worker(ThreadWorker):  # type: ignore[misc]
 def _beginning(conn: TConn) -> bytes | None:
     """Return the first bytes of what a client has sent; None where there is nothing yet."""
     begun = ctypes.create_string_buffer(_PEEKED)
-    n = _recv(conn.sock.fileno(), begun, _PEEKED, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    n = _recv(conn.sock.fileno(), begun, _PEEKED, _PEEK)
     if n < 0 and ctypes.get_errno() in (errno.EAGAIN, errno.EWOULDBLOCK):
         return None
     return begun.raw[: max(0, n)]
