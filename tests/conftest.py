@@ -170,10 +170,16 @@ class Server:
 
     def workers(self) -> set[psutil.Process]:
         """Return the processes of a gunicorn that answer requests; the engine is none of them."""
+        return self._processes("gunicorn")
+
+    def engines(self) -> set[psutil.Process]:
+        return self._processes("feature_extraction_server.core.engine_process")
+
+    def _processes(self, program: str) -> set[psutil.Process]:
         found = set()
-        for child in psutil.Process(self.process.pid).children():
+        for child in psutil.Process(self.process.pid).children(recursive=True):
             with suppress(psutil.Error):  # it has just ended
-                if "gunicorn" in child.cmdline():
+                if program in child.cmdline():
                     found.add(child)
         return found
 

@@ -97,7 +97,7 @@ def test_a_process_that_keeps_to_no_core_is_left_alone(in_thread: Callable[..., 
 SPREAD = """
 import os, sys, threading, time
 from pathlib import Path
-from feature_extraction_server.core import cores, places
+from feature_extraction_server.core import cores
 cores.KEEP_AGAIN_AFTER_S = 0.5
 cores.keep_to_one_core(Path(sys.argv[1]), 0)
 stay = threading.Event()

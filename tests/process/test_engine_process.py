@@ -37,16 +37,6 @@ def engine_of(server: Server) -> psutil.Process:
     return psutil.Process(server.get(STATUS).json()["engine_pid"])
 
 
-def engines_of(server: Server) -> list[psutil.Process]:
-    def is_engine(process: psutil.Process) -> bool:
-        try:
-            return "feature_extraction_server.core.engine_process" in process.cmdline()
-        except psutil.Error:  # it has just ended
-            return False
-
-    return [child for child in psutil.Process(server.process.pid).children(recursive=True) if is_engine(child)]
-
-
 def n_accepted(server: Server) -> int:
     status = server.get(STATUS).json()
     return int(status["running_jobs"]) + int(status["queue_depth"])
@@ -120,10 +110,10 @@ def test_one_engine_is_left_when_a_clean_up_of_temporary_files_has_taken_what_it
     answers = list(pool.map(lambda _: server.post(CAPTION, {"image": picture}), range(16)))
 
     assert {answer.status_code for answer in answers} == {200}
-    wait_until(lambda: len(engines_of(server)) == 1, "one engine")
+    wait_until(lambda: len(server.engines()) == 1, "one engine")
     for _ in range(8):
         assert server.post(CAPTION, {"image": picture}).status_code == 200
-    assert len(engines_of(server)) == 1
+    assert len(server.engines()) == 1
     assert taken.exists()
 
 

@@ -55,7 +55,7 @@ class Connections:
         """Let web workers come by this listening socket, too."""
         listener.setblocking(False)
         self._listeners.append(listener)
-        self._selector.register(listener, selectors.EVENT_READ, partial(self._accept, listener))
+        self._wait_for_workers(listener)
 
     def serve(self) -> None:
         """Serve as long as the process lives."""
@@ -73,7 +73,10 @@ class Connections:
             connection.end_overdue_call()
         for listener in self._listeners:
             if listener not in self._selector.get_map():
-                self._selector.register(listener, selectors.EVENT_READ, partial(self._accept, listener))
+                self._wait_for_workers(listener)
+
+    def _wait_for_workers(self, listener: socket.socket) -> None:
+        self._selector.register(listener, selectors.EVENT_READ, partial(self._accept, listener))
 
     def _accept(self, listener: socket.socket) -> None:
         try:

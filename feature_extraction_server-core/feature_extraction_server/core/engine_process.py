@@ -18,15 +18,11 @@ from pathlib import Path
 from typing import Final
 
 from feature_extraction_server.core import subprocesses
-from feature_extraction_server.core.engine_client import (
-    ENGINE_MODULE,
-    is_alive,
-    private_directory,
-    process_start_time,
-)
+from feature_extraction_server.core.engine_client import ENGINE_MODULE, is_alive, private_directory, process_start_time
 from feature_extraction_server.core.engine_connections import Connections
 from feature_extraction_server.core.settings import SettingsManager
 from feature_extraction_server.core.setup import build_engine
+from feature_extraction_server.core.wire import connect
 
 logger = logging.getLogger(ENGINE_MODULE)  # in the process itself, __name__ is another
 
@@ -43,7 +39,7 @@ def main(directory: Path, owner_pid: int) -> None:
         logger.warning("Another engine listens on %s already; this one ends", address)
         engine.close()
         return
-    listener, place = _listen(address)
+    listener, inode = _listen(address)
     ending = threading.Event()
     connections = Connections(listener, engine, ending)
     threading.Thread(target=connections.serve, name="connections", daemon=True).start()
@@ -55,12 +51,12 @@ def main(directory: Path, owner_pid: int) -> None:
         try:
             connections.look_round()
             engine.notice_dead_consumers()
-            found = _place(address)
-            is_replaced = found not in (place, None)
+            found = _inode(address)
+            is_replaced = found not in (inode, None)
             if found is None:
                 logger.warning("%s is gone, as after a clean-up of temporary files; the engine makes it again", address)
                 private_directory(owner_pid)
-                listener, place = _listen(address)
+                listener, inode = _listen(address)
                 connections.listen(listener)
         except Exception:
             logger.exception("The engine failed to look round")
@@ -76,29 +72,27 @@ def main(directory: Path, owner_pid: int) -> None:
 
 def _is_taken(address: Path) -> bool:
     """Tell whether an engine listens there. It may be one whose socket was gone when this one was started."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(str(address))
-        except BlockingIOError:  # so many wait for it
-            return True
-        except OSError:
-            return False
+    try:
+        connect(str(address), CHECK_INTERVAL_S, 0).close()
+    except BlockingIOError:  # so many wait for it
         return True
+    except OSError:
+        return False
+    return True
 
 
 def _listen(address: Path) -> tuple[socket.socket, int | None]:
-    """Return a socket that listens there, and its place in the file system."""
+    """Return a socket that listens there, and the number of its file."""
     with suppress(FileNotFoundError):
         address.unlink()  # of an engine that was killed
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(address))
     listener.listen(BACKLOG)
-    return listener, _place(address)
+    return listener, _inode(address)
 
 
-def _place(address: Path) -> int | None:
-    """Return what tells a socket in the file system from another; None where there is nothing."""
+def _inode(address: Path) -> int | None:
+    """Return the number of a socket's file, which another's there has not; None where there is no file."""
     try:
         return address.lstat().st_ino
     except FileNotFoundError:

@@ -47,7 +47,10 @@ class _JSONProvider(DefaultJSONProvider):
 
 
 class _App(Flask):
-    """Refuses what foreign pages send before anything else. A hook of Flask's would cost all other requests more."""
+    """Refuses what foreign pages send before anything else, and looks up once where an address leads.
+
+    A hook of Flask's would cost all other requests more.
+    """
 
     origins: frozenset[str] = frozenset()
     addresses: Addresses

@@ -130,9 +130,7 @@ def _count_requests(application: ApplicationInterface) -> tuple[Callable[[Respon
                     place.make_room()
                 counter = counters[key] = requests.labels(*key)
             counter.inc()
-        except (
-            OSError
-        ):  # the disk is full, or the directory has been taken away: the answer is worth more than its count
+        except OSError:  # a full disk, or none of that directory: the answer is worth more than its count
             logger.debug("A request could not be counted", exc_info=True)
         return response
 
