@@ -82,6 +82,47 @@ def test_a_thread_that_decodes_may_use_all_cores_meanwhile(tmp_path: Path, in_th
     assert seen == [set(ALLOWED), {ALLOWED[0]}]
 
 
+OTHER_CORES = """
+import os, sys
+from pathlib import Path
+from feature_extraction_server.core import cores
+cores.keep_to_one_core(Path(sys.argv[1]), 0)
+cores.ALLOWED[:] = [1000, 1001]  # as if the container had been given others since
+with cores.all_cores():
+    pass
+cores.spread()
+print(len(os.sched_getaffinity(0)))
+"""
+
+
+def test_cores_that_a_container_has_no_longer_are_no_error(tmp_path: Path) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", OTHER_CORES, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+
+    assert (ended.stderr, ended.returncode, ended.stdout) == ("", 0, "1\n")
+
+
+def test_without_room_for_what_is_shared_a_process_uses_all_cores(
+    tmp_path: Path, in_thread: Callable[..., None]
+) -> None:
+    seen = []
+
+    def work() -> None:
+        cores.keep_to_one_core(tmp_path / "gone", 0)
+        with cores.all_cores():
+            seen.append(os.sched_getaffinity(0))
+        seen.append(os.sched_getaffinity(0))
+
+    in_thread(work)
+
+    assert seen == [set(ALLOWED)] * 2
+
+
 def test_a_process_that_keeps_to_no_core_is_left_alone(in_thread: Callable[..., None]) -> None:
     seen = []
 

@@ -58,8 +58,9 @@ def keep_to_one_core(directory: Path, first: int) -> None:
     if len(ALLOWED) < 2:
         return
     _own.clear()
-    _own.add(ALLOWED[(first + take_place(directory, "core")) % len(ALLOWED)])
-    os.sched_setaffinity(0, _own)
+    with suppress(OSError):  # a disk that is full, say: it goes without
+        _own.add(ALLOWED[(first + take_place(directory, "core")) % len(ALLOWED)])
+        _move(0, _own)
 
 
 @contextmanager
@@ -71,13 +72,13 @@ def all_cores() -> Iterator[None]:
     thread = threading.get_native_id()
     with _moving:
         _elsewhere.add(thread)
-        os.sched_setaffinity(0, ALLOWED)
+        _move(0, ALLOWED)
     try:
         yield
     finally:
         with _moving:
             _elsewhere.remove(thread)
-        os.sched_setaffinity(0, ALLOWED if _is_spread else _own)  # may wait for a core, therefore without the lock
+        _move(0, ALLOWED if _is_spread else _own)  # may wait for a core, therefore without the lock
 
 
 def spread() -> None:
@@ -110,5 +111,10 @@ def _keep_again() -> None:
 def _move_threads(cores: Collection[int]) -> None:
     for thread in map(int, os.listdir("/proc/self/task")):
         if thread not in _elsewhere:
-            with suppress(OSError):  # it has ended
-                os.sched_setaffinity(thread, cores)
+            _move(thread, cores)
+
+
+def _move(thread: int, cores: Collection[int]) -> None:
+    # A thread may have ended, and a container may have been given other cores than it had at its start.
+    with suppress(OSError):
+        os.sched_setaffinity(thread, cores)

@@ -17,16 +17,19 @@ def take_place(directory: Path, name: str) -> int:
         name: what it is for.
 
     Raises:
-        OSError: the directory is not there, or cannot be written to.
+        OSError: the directory is not there, cannot be written to, or lies where files cannot be locked.
     """
     number = 0
     while True:
         file = (directory / f"{name}-{number}").open("wb")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.close()
             number += 1
-            continue
-        _locks.append(file)
-        return number
+        except OSError:
+            file.close()
+            raise
+        else:
+            _locks.append(file)
+            return number
