@@ -117,6 +117,19 @@ def test_one_engine_is_left_when_a_clean_up_of_temporary_files_has_taken_what_it
     assert taken.exists()
 
 
+def test_a_directory_for_temporary_files_may_have_a_longer_path_than_a_socket(
+    gunicorn: Gunicorn, picture: str, tmp_path: Path
+) -> None:
+    far = tmp_path / ("directory" * 12)
+    far.mkdir()
+    server = gunicorn(*THREADS, "-w", "2", TMPDIR=str(far))
+
+    answers = [server.post(CAPTION, {"image": picture}) for _ in range(4)]
+
+    assert {answer.status_code for answer in answers} == {200}
+    assert len(server.engines()) == 1
+
+
 @pytest.mark.parametrize("preload", [("--preload",), ()], ids=["preload", "no preload"])
 @pytest.mark.parametrize(
     ("how", "status"),

@@ -43,6 +43,8 @@ START_TIMEOUT_S: Final = 60.0
 #: How long an engine takes at most from its last word to its end.
 END_TIMEOUT_S: Final = 1.0
 MAX_RESTART_DELAY_S: Final = 30.0
+#: How many bytes the path of a Unix socket may have, on the system that allows the fewest.
+MAX_SOCKET_PATH_BYTES: Final = 103
 #: How long before the web worker gives up the engine must have said what goes wrong, so that it is heard.
 DEADLINE_MARGIN_S: Final = 0.05
 #: What the engine says instead of an answer where it wants the rest of a call's arguments.
@@ -309,16 +311,21 @@ class EngineClient(ApplicationInterface):
 def private_directory(owner_pid: int) -> Path:
     """Return a directory that only this user can enter, the same one for all processes of one owner.
 
+    It lies where temporary files do; in ``/tmp`` where that would make its path too long for a socket.
+
     Raises:
         PermissionError: somebody else has put something in its place.
     """
     prefix = f"fes-{os.getuid()}-"
-    for other in Path(tempfile.gettempdir()).glob(f"{prefix}*-*"):
+    name = f"{prefix}{owner_pid}-{process_start_time(owner_pid)}"
+    parent = Path(tempfile.gettempdir())
+    if len(os.fsencode(parent / name / "engine")) > MAX_SOCKET_PATH_BYTES:
+        parent = Path("/tmp")
+    for other in parent.glob(f"{prefix}*-*"):
         pid, _, born = other.name.removeprefix(prefix).partition("-")
         if pid.isdecimal() and not is_alive(int(pid), born):
             shutil.rmtree(other, ignore_errors=True)  # of a server and an engine that were both killed
-    # Short, since the path of a Unix socket may have only about a hundred bytes.
-    directory = Path(tempfile.gettempdir()) / f"{prefix}{owner_pid}-{process_start_time(owner_pid)}"
+    directory = parent / name
     directory.mkdir(mode=0o700, exist_ok=True)
     found = directory.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
