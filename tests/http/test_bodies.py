@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import io
 import json
 import tempfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -484,3 +486,57 @@ def test_json_is_read_as_ever(client: FlaskClient) -> None:
     body = json.dumps({"audio": encode(SOUND)})
 
     assert json_of(client.post(SPEECH, data=body, content_type="application/json")) == "80 samples at 8000 Hz"
+
+
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": gzip.compress,
+    "x-gzip": gzip.compress,
+    "GZip": gzip.compress,
+    "deflate": zlib.compress,
+}
+
+
+@pytest.mark.parametrize("coding", COMPRESS)
+@pytest.mark.parametrize("chunked", [False, True], ids=["length", "chunked"])
+@pytest.mark.parametrize(
+    ("body", "content_type"),
+    [
+        pytest.param(json.dumps({"image": PNG}).encode(), "application/json", id="json"),
+        pytest.param(WIDE, "image/png", id="file"),
+    ],
+)
+def test_body_may_be_compressed(
+    client: FlaskClient, body: bytes, content_type: str, chunked: bool, coding: str
+) -> None:
+    compressed = COMPRESS[coding](body)
+    how: dict[str, Any] = {"data": compressed}
+    if chunked:
+        how = {"input_stream": io.BytesIO(compressed), "environ_overrides": {"wsgi.input_terminated": True}}
+
+    response = client.post(CAPTION, content_type=content_type, headers={"Content-Encoding": coding}, **how)
+
+    assert json_of(response) == json_of(client.post(CAPTION, data=body, content_type=content_type))
+
+
+@pytest.mark.parametrize(
+    ("coding", "body", "status", "told"),
+    [
+        pytest.param("br", b"{}", 415, "takes gzip, deflate or none", id="unknown"),
+        pytest.param("gzip, gzip", gzip.compress(gzip.compress(b"{}")), 415, "gzip, gzip", id="twice"),
+        pytest.param("gzip", b"{}", 400, "not valid gzip", id="not compressed"),
+        pytest.param("deflate", gzip.compress(b"{}"), 400, "not valid deflate", id="compressed otherwise"),
+        pytest.param("gzip", gzip.compress(b"{}")[:-1], 400, "ended before", id="cut off"),
+        pytest.param("gzip", b"", 400, "ended before", id="empty"),
+        pytest.param("gzip", gzip.compress(b"{}") * 2, 400, "goes on", id="something behind it"),
+        pytest.param("gzip", gzip.compress(bytes(100_000_000)), 413, "200000 bytes", id="too large decompressed"),
+    ],
+)
+def test_fault_of_a_compressed_body_is_told(
+    client_with: MakeClient, coding: str, body: bytes, status: int, told: str
+) -> None:
+    client = client_with(MAX_CONTENT_LENGTH="200000")
+
+    response = client.post(CAPTION, data=body, content_type="application/json", headers={"Content-Encoding": coding})
+
+    assert response.status_code == status
+    assert told in json_of(response)["error"]

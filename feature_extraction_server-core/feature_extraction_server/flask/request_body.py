@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import suppress
@@ -32,6 +33,8 @@ MAX_FIELDS: Final = 100
 MEDIA: Final = ("image", "audio")
 _PIECE_BYTES: Final = 1 << 20
 _CHUNK_BYTES: Final = 1 << 16
+#: How a body may be compressed, and by which number zlib knows that.
+_CODINGS: Final = {"gzip": 16 + zlib.MAX_WBITS, "x-gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}
 _TOO_DEEP: Final = f"nested too deeply; at most {MAX_NESTING} levels are allowed"
 
 
@@ -234,10 +237,11 @@ def _read_object() -> dict[str, Any]:
 
 
 def read_body() -> bytes:
-    """Return the current request's body, whatever it is.
+    """Return the current request's body, whatever it is, decompressed.
 
     Raises:
-        TooLarge: it has more than MAX_CONTENT_LENGTH bytes.
+        UnsupportedMediaType: it is compressed in a way that the server does not know.
+        TooLarge: it has more than MAX_CONTENT_LENGTH bytes, as it came or decompressed.
         InvalidInput: it cannot be read.
     """
     asked: Request = request._get_current_object()  # type: ignore[attr-defined]  # once, since it takes its time
@@ -261,7 +265,28 @@ def read_body() -> bytes:
         raise InvalidInput(f"the body cannot be read: {type(error).__name__}") from None
     if is_too_large:
         raise body_too_large()
+    if (coding := asked.environ.get("HTTP_CONTENT_ENCODING", "identity").strip().lower()) != "identity":
+        return _decompress(data, coding, at_most)
     return data
+
+
+def _decompress(data: bytes, coding: str, at_most: int | None) -> bytes:
+    if coding not in _CODINGS:
+        raise UnsupportedMediaType(
+            f"the body is sent with 'Content-Encoding: {coding[:40]}'; the server takes gzip, deflate or none"
+        )
+    decoder = zlib.decompressobj(_CODINGS[coding])
+    try:
+        decompressed = decoder.decompress(data, 0 if at_most is None else at_most + 1)
+    except zlib.error:
+        raise InvalidInput(f"the body is not valid {coding}, as its header Content-Encoding says it is") from None
+    if at_most is not None and len(decompressed) > at_most:
+        raise body_too_large()
+    if not decoder.eof:
+        raise InvalidInput(f"the body ended before all of its {coding} had come")
+    if decoder.unused_data:
+        raise InvalidInput(f"the body goes on after the end of its {coding}")
+    return decompressed
 
 
 def _read(stream: IO[bytes], n_bytes: int) -> bytes:
