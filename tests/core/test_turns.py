@@ -234,6 +234,54 @@ def test_threads_are_used_again_and_end_with_the_shutdown(make: Callable[..., Wo
     wait_until(lambda: threads() <= before)
 
 
+def test_shutdown_while_another_thread_has_the_lock_ends_all_threads(make: Callable[..., Work]) -> None:
+    turns = Turns(2, 16)
+    busy, done = make("busy"), make("done")
+    turns.submit(busy)
+    turns.submit(done)
+    assert busy.has_begun()
+    done.end.set()
+    wait_until(lambda: len(turns._idle) == 1)
+    threads = [*turns._idle, *turns._at_turn]
+
+    with turns._lock:
+        turns.shutdown()
+    busy.end.set()
+
+    wait_until(lambda: not any(thread.is_alive() for thread in threads))
+
+
+class ShutsDown:
+    """A lock: whenever a thread that runs work is about to give it back, there is a shutdown."""
+
+    def __init__(self, turns: Turns) -> None:
+        self._turns = turns
+        self._lock = turns._lock
+        self.acquire, self.release = self._lock.acquire, self._lock.release
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        if threading.current_thread().name == "request":
+            self._turns.shutdown()
+        self._lock.release()
+
+
+def test_shutdown_while_a_thread_becomes_idle_ends_it(
+    make: Callable[..., Work], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = Turns(2, 16)
+    work = make("a")
+    turns.submit(work)
+    (thread,) = turns._at_turn
+    monkeypatch.setattr(turns, "_lock", ShutsDown(turns))
+
+    work.end.set()
+
+    wait_until(lambda: not thread.is_alive())
+
+
 def test_waiting_does_nothing_on_a_thread_without_a_turn() -> None:
     with waiting():
         pass

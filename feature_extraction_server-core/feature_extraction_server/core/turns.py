@@ -112,11 +112,15 @@ class Turns:
     def shutdown(self, wait: bool = False) -> None:
         """Have the threads end that have nothing to do, and the others when they are done. Waits for none of them."""
         self._is_shut = True
-        if not self._lock.acquire(blocking=False):
-            return  # called by a signal's handler, say, on the thread that has the lock: they end with the process
+        # It may be a signal's handler that calls, on the thread that has the lock. Whoever has it, the next thread that
+        # is done has the others end.
+        if self._lock.acquire(blocking=False):
+            self._end_idle()
+            self._lock.release()
+
+    def _end_idle(self) -> None:
         while self._idle:
             self._idle.pop().wake.release()
-        self._lock.release()
 
     # Called by the threads
 
@@ -127,10 +131,11 @@ class Turns:
             if (work := self._next()) is not None:
                 self._at_turn[thread] = monotonic()
                 return work
-            if self._is_shut:
-                return None
             thread.work = None
             self._idle.append(thread)
+        if self._is_shut:  # not looked at before, since it may be since a moment
+            with self._lock:
+                self._end_idle()
         thread.wake.acquire()
         return thread.work
 
