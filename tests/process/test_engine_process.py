@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +32,14 @@ Gunicorn = Callable[..., Server]
 def pool() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(16) as executor:
         yield executor
+
+
+@pytest.fixture
+def near(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A directory for temporary files whose path is short enough for sockets."""
+    with tempfile.TemporaryDirectory(prefix="near-") as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield Path(folder)
 
 
 def engine_of(server: Server) -> psutil.Process:
@@ -247,21 +256,29 @@ def test_errors_cross_the_processes_whole(gunicorn: Gunicorn, picture: str) -> N
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o770])
-def test_a_directory_that_others_can_enter_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_a_directory_that_others_can_enter_is_refused(near: Path, mode: int) -> None:
     private_directory(os.getpid()).chmod(mode)
 
     with pytest.raises(PermissionError, match="only this user"):
         private_directory(os.getpid())
 
 
-def test_the_directory_of_a_dead_server_is_cleared_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    stale = tmp_path / f"fes-{os.getuid()}-{os.getpid()}-1"
+def test_the_directory_of_a_dead_server_is_cleared_away(near: Path) -> None:
+    stale = near / f"fes-{os.getuid()}-{os.getpid()}-1"
     stale.mkdir()
 
     private_directory(os.getpid())
 
     assert not stale.exists()
+
+
+def test_the_directory_of_a_server_in_another_container_stays(near: Path) -> None:
+    other = near / f"fes-{os.getuid()}-{os.getpid()}-1"
+    other.mkdir()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(other / "engine"))
+        listener.listen()
+
+        private_directory(os.getpid())
+
+        assert other.exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -31,15 +32,14 @@ WITH_OWN_DISK = [
 
 
 @pytest.fixture
-def disk(tmp_path: Path) -> Path:
-    """The path under which a server finds its disk."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    try:
-        subprocess.run([*WITH_OWN_DISK, "true"], env={"TMPDIR": str(disk)}, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("this system lets nobody mount a disk")
-    return disk
+def disk() -> Iterator[Path]:
+    """The path under which a server finds its disk: short enough for a socket there."""
+    with tempfile.TemporaryDirectory(prefix="disk-") as disk:
+        try:
+            subprocess.run([*WITH_OWN_DISK, "true"], env={"TMPDIR": disk}, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("this system lets nobody mount a disk")
+        yield Path(disk)
 
 
 @pytest.fixture

@@ -323,14 +323,29 @@ def private_directory(owner_pid: int) -> Path:
         parent = Path("/tmp")
     for other in parent.glob(f"{prefix}*-*"):
         pid, _, born = other.name.removeprefix(prefix).partition("-")
-        if pid.isdecimal() and not is_alive(int(pid), born):
-            shutil.rmtree(other, ignore_errors=True)  # of a server and an engine that were both killed
+        if not pid.isdecimal() or is_alive(int(pid), born):
+            continue
+        # Of a server and an engine that were both killed, or of a container that shares the directory, not the numbers
+        # of its processes.
+        if not is_listened_to(other / "engine"):
+            shutil.rmtree(other, ignore_errors=True)
     directory = parent / name
     directory.mkdir(mode=0o700, exist_ok=True)
     found = directory.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:
         raise PermissionError(f"{directory} is not a directory that only this user can enter")
     return directory
+
+
+def is_listened_to(address: Path) -> bool:
+    """Tell whether an engine listens at the socket."""
+    try:
+        connect(str(address), patience_s=1, timeout_s=0).close()
+    except BlockingIOError:  # so many wait for it
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def is_alive(pid: int, born: str) -> bool:

@@ -18,11 +18,16 @@ from pathlib import Path
 from typing import Final
 
 from feature_extraction_server.core import subprocesses
-from feature_extraction_server.core.engine_client import ENGINE_MODULE, is_alive, private_directory, process_start_time
+from feature_extraction_server.core.engine_client import (
+    ENGINE_MODULE,
+    is_alive,
+    is_listened_to,
+    private_directory,
+    process_start_time,
+)
 from feature_extraction_server.core.engine_connections import Connections
 from feature_extraction_server.core.settings import SettingsManager
 from feature_extraction_server.core.setup import build_engine
-from feature_extraction_server.core.wire import connect
 
 logger = logging.getLogger(ENGINE_MODULE)  # in the process itself, __name__ is another
 
@@ -35,7 +40,7 @@ def main(directory: Path, owner_pid: int) -> None:
     subprocesses.ignore_signals()
     engine = build_engine(SettingsManager(), kinds=subprocesses.KINDS)
     address = directory / "engine"
-    if _is_taken(address):
+    if is_listened_to(address):  # by an engine whose socket was gone when this one was started
         logger.warning("Another engine listens on %s already; this one ends", address)
         engine.close()
         return
@@ -68,17 +73,6 @@ def main(directory: Path, owner_pid: int) -> None:
     # Threads may still sit in a model's native code or in a read; nobody waits for them any more.
     logging.shutdown()
     os._exit(0)
-
-
-def _is_taken(address: Path) -> bool:
-    """Tell whether an engine listens there. It may be one whose socket was gone when this one was started."""
-    try:
-        connect(str(address), CHECK_INTERVAL_S, 0).close()
-    except BlockingIOError:  # so many wait for it
-        return True
-    except OSError:
-        return False
-    return True
 
 
 def _listen(address: Path) -> tuple[socket.socket, int | None]:
