@@ -33,6 +33,17 @@ def in_thread() -> Iterator[Callable[[Callable[[], object]], None]]:
         places._locks.pop().close()
 
 
+def run_apart(source: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run Python code in a process of its own, whose cores it may choose."""
+    return subprocess.run(
+        [sys.executable, "-c", source, str(folder)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+
+
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
@@ -96,13 +107,7 @@ print(len(os.sched_getaffinity(0)))
 
 
 def test_cores_that_a_container_has_no_longer_are_no_error(tmp_path: Path) -> None:
-    ended = subprocess.run(
-        [sys.executable, "-c", OTHER_CORES, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
+    ended = run_apart(OTHER_CORES, tmp_path)
 
     assert (ended.stderr, ended.returncode, ended.stdout) == ("", 0, "1\n")
 
@@ -170,13 +175,7 @@ stay.set()
 
 
 def test_all_threads_may_use_all_cores_until_nothing_large_was_decoded_for_a_while(tmp_path: Path) -> None:
-    ended = subprocess.run(
-        [sys.executable, "-c", SPREAD, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-    )
+    ended = run_apart(SPREAD, tmp_path)
 
     assert (ended.stderr, ended.returncode) == ("", 0)
     # The thread that decodes, or starts a process, and another one.
