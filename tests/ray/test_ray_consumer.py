@@ -102,7 +102,7 @@ def test_a_stop_on_one_server_is_seen_by_all_and_requests_to_any_start_the_model
     stop_model(second, "fake_fragile")
 
     wait_until(lambda: has_state(first, "fake_fragile", "stopped"))
-    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in before))
+    assert not any(psutil.pid_exists(pid) for pid in before)
     # Both deploy the model in the same instant. A request to the second one may not take long: it asks to start it.
     at_once(2, lambda index: start_model((first, second)[index], "fake_fragile"))
     assert ask(first, FRAGILE).status_code == ask(second, FRAGILE).status_code == 200
