@@ -56,7 +56,8 @@ _ERRORS: Final[dict[int, tuple[str, JsonObject, JsonObject]]] = {
         {},
     ),
     415: (
-        "The body is of a type that the route does not take (`unsupported_media_type`)",
+        "The body is of a type that the route does not take, or is compressed otherwise than by gzip or deflate "
+        "(`unsupported_media_type`)",
         {"error": "the body must be JSON", "code": "unsupported_media_type"},
         {},
     ),
