@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from feature_extraction_server.core import cores, places
+from feature_extraction_server.core import cores
 
 ALLOWED = cores.ALLOWED
 pytestmark = pytest.mark.skipif(len(ALLOWED) < 2, reason="there is only one core")
 
 
 @pytest.fixture
-def in_thread() -> Iterator[Callable[[Callable[[], object]], None]]:
+def in_thread(places_given_back: None) -> Iterator[Callable[[Callable[[], object]], None]]:
     """Run something in a thread of its own, since cores belong to threads; forget the choice afterwards."""
 
     def run(function: Callable[[], object]) -> None:
@@ -29,8 +29,6 @@ def in_thread() -> Iterator[Callable[[Callable[[], object]], None]]:
 
     yield run
     cores._own.clear()
-    while places._locks:
-        places._locks.pop().close()
 
 
 def run_apart(source: str, folder: Path) -> subprocess.CompletedProcess[str]:

@@ -4,20 +4,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from feature_extraction_server.core import places
 from feature_extraction_server.core.places import take_place
 
-
-@pytest.fixture(autouse=True)
-def nothing_stays_taken() -> Iterator[None]:
-    yield
-    while places._locks:
-        places._locks.pop().close()
+pytestmark = pytest.mark.usefixtures("places_given_back")
 
 
 def test_the_smallest_number_that_nobody_has_is_taken(tmp_path: Path) -> None:
