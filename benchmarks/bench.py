@@ -407,14 +407,26 @@ class Benchmark:
                 self.cannot_be_installed[name] = str(failure)
         for workload in self.options.workloads:
             for index in range(self.options.rounds):
+                if not (due := self.due(workload, index)):
+                    break
                 say(f"{workload}, round {index + 1} of {self.options.rounds}")
-                self.measure_direct_calls(workload)
+                self.measure_direct_calls(workload, due)
                 for contender in self.contenders:
-                    self.measure_server(workload, contender)
+                    self.measure_server(workload, contender, due)
 
-    def measure_direct_calls(self, workload: str) -> None:
+    def due(self, workload: str, n_rounds: int) -> list[int]:
+        """Return the numbers of connections with which to measure once more, after so many rounds.
+
+        Where the model is so slow that one round takes as long as all of them were to, there is one.
+        """
+        if not n_rounds:
+            return list(self.options.connections)
+        all_s = self.options.rounds * self.options.seconds
+        return [one for one in self.options.connections if n_rounds * self.seconds(workload, one) < all_s]
+
+    def measure_direct_calls(self, workload: str, numbers_of_connections: Sequence[int]) -> None:
         self.note_other_work()
-        arguments = [workload, str(self.options.seconds), *map(str, self.options.connections)]
+        arguments = [workload, str(self.options.seconds), *map(str, numbers_of_connections)]
         command = [python_of("ours"), "-m", "benchmarks.peers.direct", *arguments]
         with tempfile.TemporaryFile("w+") as log:
             environ = environment(Path(tempfile.gettempdir()))
@@ -424,10 +436,10 @@ class Benchmark:
                 raise SystemExit(f"direct calls for {workload} failed:\n{log.read()}")
         answer = json.loads(finished.stdout)
         self.expected[workload] = answer["answers"]
-        for connections, measured in zip(self.options.connections, answer["measurements"], strict=True):
+        for connections, measured in zip(numbers_of_connections, answer["measurements"], strict=True):
             self.note(workload, DIRECT, connections, Measurement(**measured))
 
-    def measure_server(self, workload: str, contender: Contender) -> None:
+    def measure_server(self, workload: str, contender: Contender, numbers_of_connections: Sequence[int]) -> None:
         tolerance = tolerance_of(contender, workload)
         if tolerance is None or (workload, contender) in self.results.failures:
             return
@@ -438,8 +450,8 @@ class Benchmark:
             with running(contender, workload) as server:
                 check_answers(server, self.expected[workload], tolerance)
                 warm_up_s = min(MAX_WARM_UP_S, self.options.seconds)
-                self.load(server, max(self.options.connections), warm_up_s)
-                for connections in self.options.connections:
+                self.load(server, max(numbers_of_connections), warm_up_s)
+                for connections in numbers_of_connections:
                     measured = self.load(server, connections, self.seconds(workload, connections))
                     self.note(workload, contender, connections, measured)
                 self.results.memory_mb.setdefault((workload, contender), []).append(server.memory_mb())
@@ -539,7 +551,7 @@ def measured_row(
         f"{measured.p50_ms:,.2f}" if measured.requests_per_s else "",
         f"{measured.p99_ms:,.2f}" if measured.requests_per_s else "",
         str(measured.n_errors),
-        f"{median(memory):,.0f}" if memory else "",
+        f"{max(memory):,.0f}" if memory else "",
     ]
 
 
@@ -595,7 +607,8 @@ def machine(benchmark: Benchmark) -> list[str]:
     loads = [" ".join(f"{load:.2f}" for load in loads) for loads in (benchmark.load_before, os.getloadavg())]
     installed = dict.fromkeys(["ours", *(SERVERS[name].installed_as or name for name in options.servers)])
     lines = [
-        f"* {benchmark.began}, {options.rounds} rounds of {options.seconds:g} s or more (medians), {options.generator}",
+        f"* {benchmark.began}, {options.generator}",
+        f"* medians of {options.rounds} rounds of {options.seconds:g} s, or of fewer and longer ones",
         f"* {cpu_name()}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 1e9:.0f} GB; "
         f"{platform.system()} {platform.release()}",
         f"* load average before: {loads[0]}, at the end (the benchmark's own included): {loads[1]}",

@@ -60,6 +60,14 @@ def test_a_slow_model_is_measured_for_eight_batches_and_two_answers_a_connection
     assert benchmark.seconds("W3", connections) == expected_s
 
 
+def test_what_takes_as_long_as_all_rounds_is_measured_in_one() -> None:
+    benchmark = Benchmark(parse(["--seconds", "10", "--rounds", "3"]))
+    for connections, requests_per_s in [(1, 100.0), (32, 20.0), (256, 17.0)]:  # 10, 12.8 and 30.1 s
+        benchmark.results.add("W3", DIRECT, connections, measured(requests_per_s))
+
+    assert [benchmark.due("W3", n_rounds) for n_rounds in range(4)] == [[1, 32, 256], [1, 32], [1, 32], []]
+
+
 def test_nobody_takes_part_twice() -> None:
     taking_part = contenders(["flask"], [2, 3])
 
