@@ -198,6 +198,28 @@ def test_transparency_lies_over_white(data: str, expected: tuple[int, ...]) -> N
     assert pixel(image) == pytest.approx(expected, abs=1)
 
 
+def test_a_grey_tiff_with_premultiplied_alpha_lies_over_white() -> None:
+    grey, alpha = 64, 128
+    short, long = 3, 4
+    tags = [
+        (256, long, 1, 1),  # width
+        (257, long, 1, 1),  # height
+        (258, short, 2, 8 | 8 << 16),  # bits a sample
+        (262, short, 1, 1),  # 0 is black
+        (273, long, 1, 8),  # where the pixels are
+        (277, short, 1, 2),  # samples a pixel
+        (279, long, 1, 2),  # how long they are
+        (338, short, 1, 1),  # the second one is alpha, by which the first was multiplied
+    ]
+    entries = b"".join(struct.pack("<HHII", *entry) for entry in tags)
+    tiff = struct.pack("<2sHI", b"II", 42, 10) + bytes([grey, alpha])
+    tiff += struct.pack("<H", len(tags)) + entries + bytes(4)
+
+    image = decode_image(encode(tiff), "image", MAX_PIXELS)
+
+    assert pixel(image) == pytest.approx((grey + 255 - alpha,) * 3, abs=1)
+
+
 @pytest.mark.parametrize(
     ("image", "format", "expected"),
     [
@@ -336,6 +358,47 @@ def test_postscript_is_refused_without_running_an_interpreter(monkeypatch: pytes
         decoded(RED, "EPS")
 
 
+def iptc(file: bytes, size: tuple[int, int], *, layers: int) -> bytes:
+    """A picture in IPTC's format: a file of any other, and what is said of it."""
+
+    def tag(record: int, number: int, data: bytes) -> bytes:
+        return struct.pack(">BBBH", 0x1C, record, number, len(data)) + data
+
+    width, height = (struct.pack(">I", side) for side in size)
+    uncompressed = tag(3, 120, struct.pack(">I", 5))
+    said = (
+        tag(3, 60, bytes([layers, layers > 1]))
+        + tag(3, 65, b"\x01")
+        + tag(3, 20, width)
+        + tag(3, 30, height)
+        + uncompressed
+    )
+    return said + struct.pack(">BBBBBI", 0x1C, 8, 10, 128 + 4, 0, len(file)) + file + bytes(5)
+
+
+@pytest.mark.parametrize(
+    ("format", "layers"), [pytest.param("PNG", 3, id="smaller than said"), pytest.param("EPS", 1, id="PostScript")]
+)
+def test_what_holds_another_file_and_says_what_it_likes_of_it_is_refused(
+    format: str, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: pytest.fail("an interpreter was run"))
+    held = base64.b64decode(encode_image(Image.new("L", (8, 8)), format))
+
+    with pytest.raises(InvalidInput, match="IPTC"):
+        decode_image(encode(iptc(held, (200, 200), layers=layers)), "image", MAX_PIXELS)
+
+
+def test_a_picture_that_is_smaller_than_its_file_says_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_another(image: Image.Image) -> None:
+        image.im = Image.new("RGB", (2, 2)).im
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load_another)
+
+    with pytest.raises(InvalidInput, match="holds another picture"):
+        decode_image(PNG, "image", MAX_PIXELS)
+
+
 # Recordings
 
 TONE = (0.5 * np.sin(np.arange(RATE_HZ) * 2 * np.pi * 440 / RATE_HZ)).astype(np.float32)
@@ -433,6 +496,15 @@ def test_longer_recording_is_refused(data: bytes) -> None:
         decode_audio(encode(data), "audio[0]", 1)
 
     assert caught.value.field == "audio[0]"
+
+
+def test_a_recording_counts_as_large_as_a_model_makes_it() -> None:
+    data = encode(wav(bytes(2 * 60), rate=1))
+    resampled = decode_audio(data, "audio", 60).resampled(16_000).samples.nbytes
+
+    assert decode_audio(data, "audio", 60, max_bytes=resampled).n_bytes == resampled
+    with pytest.raises(TooLarge, match="MAX_DECODED_BYTES"):
+        decode_audio(data, "audio", 60, max_bytes=resampled - 1)
 
 
 def test_reading_stops_at_the_limit() -> None:

@@ -30,7 +30,7 @@ from tests.conftest import encode_image
 
 def wav(n_samples: int) -> str:
     file = io.BytesIO()
-    soundfile.write(file, np.zeros(n_samples), 8000, format="WAV")
+    soundfile.write(file, np.zeros(n_samples), 16_000, format="WAV")
     return base64.b64encode(file.getvalue()).decode()
 
 

@@ -23,7 +23,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from feature_extraction_server.core import pixels
 from feature_extraction_server.core.cores import N_CORES, all_cores, spread
-from feature_extraction_server.core.errors import InvalidInput, TooLarge
+from feature_extraction_server.core.errors import InvalidInput, ServerError, TooLarge
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,12 +33,15 @@ if TYPE_CHECKING:
 warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
-# EPS is left out: Pillow would hand the client's PostScript to an external interpreter.
-_REFUSED_FORMATS: Final = frozenset({"EPS"})
+# EPS is left out, since Pillow would hand the client's PostScript to an external interpreter, and IPTC, which holds a
+# file of any format, EPS too, and says of it what it likes.
+_REFUSED_FORMATS: Final = frozenset({"EPS", "IPTC"})
 _DATA_URL: Final = re.compile(r"data:([^,;]*)((?:;[^,;]*)*),", re.IGNORECASE)
 _URL_SAFE: Final = bytes.maketrans(b"-_", b"+/")
 _WHITE_SPACE: Final = b" \t\r\n\f\v"
 _AUDIO_BLOCK_VALUES: Final = 1 << 20
+#: Hz, as speech models take recordings: one of 1 Hz is sixteen thousand times as large for them as it came.
+_MODELS_RATE: Final = 16_000
 
 # Decoders run without Python's interpreter lock. More of them at a time than there are cores would only take turns.
 _decoders: Final = threading.BoundedSemaphore(N_CORES)
@@ -62,6 +65,11 @@ class Audio:
     @property
     def seconds(self) -> float:
         return len(self.samples) / self.sampling_rate
+
+    @property
+    def n_bytes(self) -> int:
+        """How much memory it takes, in a model too."""
+        return _audio_bytes(len(self.samples), self.sampling_rate)
 
     def resampled(self, sampling_rate: int) -> Audio:
         """Return the recording at another sampling rate in Hz (itself where that is its own)."""
@@ -124,7 +132,7 @@ def file_of(source: str | bytes, field: str) -> bytes:
 def decode_image(
     source: str | bytes, field: str, max_pixels: int, draft_size: int | None = None, max_bytes: float = math.inf
 ) -> Image.Image:
-    """Decode a picture's file, or its base64, of any format that Pillow reads (but EPS) to RGB.
+    """Decode a picture's file, or its base64, of any format that Pillow reads (but EPS and IPTC) to RGB.
 
     EXIF orientation is applied, transparency laid over white, 16-bit grey scaled to 8 bits; of an animation the first
     frame is taken.
@@ -170,8 +178,11 @@ def _decode_image(data: bytes, field: str, max_pixels: int, draft_size: int | No
             with suppress(OSError):  # no file descriptor is left, say: it is copied then
                 pixels.decode_in_region(image)
         image.load()
+        # What reads the pixels where they lie takes the size for true.
+        if (image.im.mode, image.im.size) != (image.mode, image.size):
+            raise InvalidInput(f"{field} is a damaged image: it holds another picture than it says", field=field)
         return _to_rgb(_upright(image))
-    except TooLarge:
+    except ServerError:
         raise
     except Exception as error:  # as above
         raise InvalidInput(f"{field} is a damaged image: {_reason(error)}", field=field) from None
@@ -203,6 +214,8 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         image = _to_8_bit_grey(image)
     elif image.mode == "F":
         image = _from_floats(image)
+    elif image.mode == "La":  # the one mode that Pillow converts to no other
+        image = image.convert("LA")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -278,12 +291,17 @@ def _read_mono(
                 f"{field} is longer than {max_seconds:g} seconds, the longest that is allowed (MAX_AUDIO_SECONDS)",
                 field=field,
             )
-        if 4 * n_frames > max_bytes:
+        if _audio_bytes(n_frames, file.samplerate) > max_bytes:
             raise _too_many_bytes(field)
         if not np.isfinite(block).all():
             raise InvalidInput(f"{field} is a recording with samples that are not finite numbers", field=field)
         samples += memoryview(np.clip(block.mean(axis=1), -1, 1))
     return np.frombuffer(samples, np.float32)
+
+
+def _audio_bytes(n_samples: int, sampling_rate: int) -> int:
+    """Return how much memory a recording takes: what it has grown to where a model has resampled it, if that is more."""
+    return 4 * max(n_samples, n_samples * _MODELS_RATE // sampling_rate)
 
 
 def _audio_reason(error: soundfile.LibsndfileError) -> str:

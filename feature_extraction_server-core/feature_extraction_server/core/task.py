@@ -166,7 +166,7 @@ class AudioField(MediaField):
 
     @staticmethod
     def n_bytes(item: Any) -> int:
-        return int(item.samples.nbytes)
+        return int(item.n_bytes)
 
     def decode(self, value: Any, field: str, limits: Limits) -> media.Audio:
         return media.decode_audio(_file(value, field), field, limits.max_audio_seconds, limits.max_decoded_bytes)
