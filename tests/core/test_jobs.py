@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from feature_extraction_server.core.errors import InvalidInput, ModelError
+from feature_extraction_server.core.errors import InvalidInput, ModelError, ModelLoadFailed
 from feature_extraction_server.core.jobs import Batch, Call, Job, JobQueue
 from tests.waiting import TIMEOUT_S, at_once
 
@@ -131,6 +131,38 @@ def test_a_poisoned_job_among_many_is_found_in_few_calls() -> None:
     ]
     assert isinstance(jobs[13].future.exception(0), ModelError)
     assert n_calls == 11
+
+
+def test_a_call_that_failed_is_not_tried_again_for_those_who_have_left() -> None:
+    jobs = [job(n) for n in range(8)]
+    asked: list[list[int]] = []
+
+    def give_up(x: list[int]) -> list[int]:
+        asked.append(x)
+        for waiting in jobs[1:]:
+            waiting.cancel()
+        raise RuntimeError("its process was killed")
+
+    run_all(queue_of(*jobs), give_up)
+
+    assert asked == [list(range(8)), [0]]
+
+
+def test_a_model_that_cannot_be_loaded_is_not_loaded_again_for_each_job_of_a_call() -> None:
+    jobs = [job(n) for n in range(8)]
+    n_loads = 0
+
+    def load(x: list[int]) -> list[int]:
+        nonlocal n_loads
+        n_loads += 1
+        raise ModelLoadFailed("no memory", retry_after=10)
+
+    run_all(queue_of(*jobs), load)
+
+    assert n_loads == 1
+    errors = [waiting.future.exception(0) for waiting in jobs]
+    assert [str(error) for error in errors] == ["no memory"] * 8
+    assert len(set(map(id, errors))) == 8  # each is raised in another thread
 
 
 @pytest.mark.parametrize("raised", [SystemExit(3), KeyboardInterrupt(), MemoryError(), StopIteration()], ids=repr)

@@ -569,8 +569,9 @@ def test_arguments_that_come_later_are_got_for_what_is_run_next_only(
     assert sorted(got) == list(range(n))
 
 
+@pytest.mark.parametrize("is_stopping", [False, True])
 def test_who_cannot_get_the_rest_of_the_arguments_makes_room_for_the_next(
-    make: Callable[..., Model], fake: Fake, pool: ThreadPoolExecutor
+    is_stopping: bool, make: Callable[..., Model], fake: Fake, pool: ThreadPoolExecutor
 ) -> None:
     model = make(replace(SOON, max_batch_size=1))
 
@@ -580,6 +581,8 @@ def test_who_cannot_get_the_rest_of_the_arguments_makes_room_for_the_next(
     fake.may_run.clear()
     running = pool.submit(ask, model, -1)
     assert fake.called.acquire(timeout=WAIT_S)
+    if is_stopping:
+        model.stop()  # they wait for its next life
     failing = [pool.submit(ask_in_parts, model, fail) for _ in range(3 * N_CORES)]
     for answer in failing:
         with pytest.raises(InvalidInput):
@@ -632,6 +635,22 @@ def test_a_small_job_does_not_wait_for_a_large_one_that_still_gets_its_arguments
 
 class Item:
     """What a weak reference can be had to."""
+
+
+def test_a_model_that_loads_keeps_nothing_of_requests_that_were_given_up(
+    make: Callable[..., Model], fake: Fake
+) -> None:
+    model = make()
+    item = Item()
+    asked = weakref.ref(item)
+    fake.may_load.clear()
+
+    with pytest.raises(DeadlineExceeded):
+        ask(model, item, timeout_s=0.05)
+    del item
+
+    wait_until(lambda: asked() is None)
+    assert model.state is State.LOADING
 
 
 def test_an_idle_model_keeps_nothing_of_its_last_request(make: Callable[..., Model], fake: Fake) -> None:

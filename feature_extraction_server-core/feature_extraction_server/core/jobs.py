@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from functools import cached_property
 from typing import Any, Final, NamedTuple
 
 from feature_extraction_server.core import torch_threads
-from feature_extraction_server.core.errors import ModelError, ServerError
+from feature_extraction_server.core.errors import ModelError, ModelLoadFailed, ServerError
 from feature_extraction_server.core.task import batch_key
 from feature_extraction_server.core.tracking import Origin, RequestRecord, Times, current
 
@@ -166,6 +166,12 @@ class Job:
             answer()
 
 
+def fail_all(jobs: Iterable[Job], error: ServerError) -> None:
+    """Answer the waiters of several jobs with an error, each with one of its own: it is raised in each one's thread."""
+    for job in jobs:
+        job.fail(type(error)(error.message, retry_after=error.retry_after))
+
+
 @dataclass(frozen=True)
 class Piece:
     """The items ``start`` to ``stop`` of a job, which one batch runs."""
@@ -217,18 +223,23 @@ class Batch:
         Afterwards the batch has no pieces any more: a consumer that waits for the next one holds on to no pictures.
         """
         with torch_threads.at_work():
-            self._run([piece for piece in self.pieces if not piece.job.ended])
+            self._run(self.pieces)
         self.pieces = []
         current.set(None)
 
     def _run(self, pieces: list[Piece]) -> None:
-        if pieces:
-            current.set(_record_of(pieces))
-        error = self._try(pieces) if pieces else None
+        pieces = [piece for piece in pieces if not piece.job.ended]
+        if not pieces:
+            return
+        current.set(_record_of(pieces))
+        error = self._try(pieces)
         if error is None:
             return
         if len(pieces) == 1:
             pieces[0].job.fail(error)
+            return
+        if isinstance(error, ModelLoadFailed):  # the model's process has died, and has no successor
+            fail_all((piece.job for piece in pieces), error)
             return
         # One of the joined jobs may be the cause, or all of them were too much at once: try each half apart.
         middle = len(pieces) // 2
@@ -300,6 +311,11 @@ class JobQueue:
     def put(self, job: Job) -> None:
         self._jobs.append(job)
         self._may_lack_arguments |= not job.is_complete
+
+    def discard(self, job: Job) -> None:
+        """Take a job out that nobody waits for any more, with its pictures, if it is there."""
+        with suppress(ValueError):
+            self._jobs.remove(job)
 
     def ask_for_rest(self, n_items: int) -> None:
         """Ask those jobs for the rest of their arguments that have fewer than ``n_items`` items before them.

@@ -300,7 +300,7 @@ def _read_mono(
 
 
 def _audio_bytes(n_samples: int, sampling_rate: int) -> int:
-    """Return how much memory a recording takes: what it has grown to where a model has resampled it, if that is more."""
+    """Return how much memory a recording takes, or will take when a model has resampled it, if that is more."""
     return 4 * max(n_samples, n_samples * _MODELS_RATE // sampling_rate)
 
 

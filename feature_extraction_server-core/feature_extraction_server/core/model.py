@@ -29,7 +29,7 @@ from feature_extraction_server.core.errors import (
     ServerError,
     too_late,
 )
-from feature_extraction_server.core.jobs import Batch, Job, JobQueue
+from feature_extraction_server.core.jobs import Batch, Job, JobQueue, fail_all
 from feature_extraction_server.core.logs import LogServer
 from feature_extraction_server.core.memory import give_back_memory
 from feature_extraction_server.core.progress import Download, report
@@ -279,7 +279,7 @@ class Model:
                 self._set_state(State.STOPPING)
                 if self._run.jobs:
                     self._set_grace_timer(self._run)
-        self._fail(orphans, ModelUnavailable(f"the model {self.name} was stopped"))
+        fail_all(orphans, ModelUnavailable(f"the model {self.name} was stopped"))
 
     def submit(self, job: Job) -> None:
         """Queue a job, and start the model where it does not run.
@@ -369,7 +369,10 @@ class Model:
             self._last_used = time.monotonic()
             if self._run is not None:
                 self._run.jobs.discard(job)
-                self._run.queue.ask_for_rest(self.options.n_decoded_ahead)
+            for queue in self._queues():
+                if job.n_taken < job.n_items:  # while nothing is taken, as while the model loads, it would stay
+                    queue.discard(job)
+                queue.ask_for_rest(self.options.n_decoded_ahead)
 
     def wait_for_state(self, states: Iterable[State], deadline: float) -> State:
         """Wait until the model is in one of ``states``, and return which.
@@ -514,7 +517,7 @@ class Model:
             self._n_failed_loads += 1
             jobs, run_next = self._leave(run, reason)
             self._retry_at = time.monotonic() + self.options.load_retry_delay
-        self._fail(jobs, ModelLoadFailed(reason, retry_after=self.options.load_retry_delay))
+        fail_all(jobs, ModelLoadFailed(reason, retry_after=self.options.load_retry_delay))
         self._launch(run_next)
 
     def _next_batch(self, run: ModelRun) -> Batch | None:
@@ -557,7 +560,7 @@ class Model:
             jobs, run_next = self._leave(run, message)
             if while_loading:
                 self._retry_at = time.monotonic() + self.options.load_retry_delay
-        self._fail(jobs, ModelUnavailable(message, retry_after=retry_after))
+        fail_all(jobs, ModelUnavailable(message, retry_after=retry_after))
         self._launch(run_next)
 
     # Steps that need the lock, which the caller holds
@@ -589,6 +592,9 @@ class Model:
             return jobs, self._new_run() if self._restart else None
         self._set_state(State.FAILED, reason)
         return jobs, None
+
+    def _queues(self) -> list[JobQueue]:
+        return [self._next_queue] if self._run is None else [self._run.queue, self._next_queue]
 
     def _current_run(self) -> ModelRun:
         assert self._run is not None
@@ -631,12 +637,7 @@ class Model:
         with self._changed:
             jobs = list(run.jobs)
             run.jobs.clear()
-        self._fail(jobs, ModelUnavailable(f"the model {self.name} was stopped before it had answered"))
-
-    @staticmethod
-    def _fail(jobs: Iterable[Job], error: ServerError) -> None:
-        for job in jobs:
-            job.fail(type(error)(error.message, retry_after=error.retry_after))
+        fail_all(jobs, ModelUnavailable(f"the model {self.name} was stopped before it had answered"))
 
 
 def _describe(error: BaseException) -> str:

@@ -249,8 +249,8 @@ class ServerSettings:
                 type=int,
                 default=defaults.max_decoded_bytes,
                 minimum=1,
-                description="Bytes that all pictures (4 a pixel) and recordings (4 a sample, 16,000 samples a second at "
-                "least) of a request may take in memory together",
+                description="Bytes that all pictures (4 a pixel) and recordings (4 a sample, 16,000 samples a second "
+                "at least) of a request may take in memory together",
             ),
         }
 
