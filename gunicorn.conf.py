@@ -39,7 +39,8 @@ timeout = 600
 # On SIGTERM requests may finish, then models stop, which takes up to STOP_GRACE_PERIOD (30 s): only then, kill.
 graceful_timeout = 45
 
-# Clients mostly send one request after another; a proxy's idle connection is not closed under its next request.
+# Clients mostly send one request after another. A proxy has to close its idle connections sooner than this, or now and
+# then one is closed under its next request (docs/cluster.md has nginx do so).
 keepalive = 5
 
 # The file whose age tells that a worker lives: on a disk that is busy, touching it can block the worker.

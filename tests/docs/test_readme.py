@@ -42,6 +42,12 @@ def generic(name: str, tasks: list[str], models: list[str]) -> str:
     return name
 
 
+def wants_installation(model: str) -> bool:
+    """Tell whether a model's library does not come with its plugin."""
+    text = (ROOT / "plugins" / f"feature_extraction_server-models-{model}" / "README.md").read_text()
+    return "\n## Install the library\n" in text
+
+
 def test_table_of_settings_has_every_setting_and_its_default(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
     manager = SettingsManager({"LOG_PATH": f"{tmp_path}/log.txt"})
     registry, _, log_server = set_up(manager)
@@ -93,6 +99,16 @@ def test_every_model_has_a_line_in_the_table_of_all_models(name: str) -> None:
     table = README.split("### All models", 1)[1].split("\n#", 1)[0]
 
     assert re.search(rf"^\| `{name}` \|", table, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", [name for kind, name in PLUGINS if kind == "models" and wants_installation(name)])
+def test_model_whose_library_is_installed_by_hand_is_told_among_dependencies_and_models(name: str) -> None:
+    link = f"](plugins/feature_extraction_server-models-{name}/README.md)"
+    dependencies = README.split("pip install -r dev_requirements.txt", 1)[1].split("**Run the server:**", 1)[0]
+    (row,) = re.findall(rf"^\| `{name}` \|.*$", README, re.MULTILINE)
+
+    assert link in dependencies
+    assert link in row
 
 
 @pytest.mark.parametrize("name", [name for kind, name in PLUGINS if kind == "tasks"])

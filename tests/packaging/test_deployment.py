@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
@@ -162,6 +163,17 @@ def test_pod_may_write_where_the_server_does() -> None:
     assert container()["securityContext"]["readOnlyRootFilesystem"] is True
     assert set(mounts.values()) == image_folders() | {"/tmp"}
     assert set(mounts) == {volume["name"] for volume in pod()["volumes"]}
+
+
+@pytest.mark.parametrize("told_in", [DEPLOYMENT_GUIDE, ROOT / "kubernetes" / "pvc.yaml"], ids=lambda path: path.name)
+def test_volume_that_pods_cannot_share_is_said_to_take_one_pod_at_a_time(told_in: Path) -> None:
+    told = " ".join(told_in.read_text().replace("`", "").replace("\n#", "").split())
+    (strategy,) = re.findall(r"ReadWriteOnce, with maxReplicas: 1 in hpa\.yaml, and strategy: (\{.+?\}) ", told)
+    deployment = manifest("deployment.yaml")
+    deployment["spec"]["strategy"] = yaml.safe_load(strategy)
+
+    assert deployment["spec"]["strategy"] == {"type": "Recreate"}
+    kubernetes_validate.validate(deployment, KUBERNETES_VERSION, strict=True)
 
 
 def test_pod_has_the_user_of_the_image() -> None:

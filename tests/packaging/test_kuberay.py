@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from dev_server import ROOT
-from tests.packaging.test_deployment import KUBERNETES_VERSION, container, image_folders, pod
+from tests.packaging.test_deployment import KUBERNETES_VERSION, container, gunicorn_setting, image_folders, pod
 from tests.packaging.test_deployment import manifest as manifest_of_the_server
 
 FOLDER = ROOT / "kuberay"
@@ -138,8 +138,9 @@ def test_image_of_every_group_is_replaced_with_that_of_the_server() -> None:
 
 def test_server_and_every_pod_have_the_same_token() -> None:
     secret = manifest("secret.example.yaml")
+    autoscaler = cluster()["spec"]["autoscalerOptions"]
 
-    for one in (*server_pod()["initContainers"], *server_pod()["containers"], *containers()):
+    for one in (*server_pod()["initContainers"], *server_pod()["containers"], *containers(), autoscaler):
         given = {variable["name"]: variable for variable in one["env"]}
         reference = given["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"]
         assert given["RAY_AUTH_MODE"]["value"] == "token"
@@ -158,6 +159,25 @@ def test_settings_are_settings_of_the_server() -> None:
     known = set(re.findall(r"^#(\w+)=", (ROOT / ".env.example").read_text(), re.MULTILINE))
 
     assert manifest("settings.yaml")["data"].keys() <= known
+
+
+def test_new_node_has_time_to_start_before_who_waits_is_told_that_there_is_none() -> None:
+    default = dict(re.findall(r"^#(\w+)=(.*)$", (ROOT / ".env.example").read_text(), re.MULTILINE))
+    given = default | manifest_of_the_server("configmap.yaml")["data"] | manifest("settings.yaml")["data"]
+
+    assert float(given["RAY_PLACEMENT_TIMEOUT"]) >= 300
+    assert float(given["RAY_PLACEMENT_TIMEOUT"]) < float(given["REQUEST_TIMEOUT"])
+
+
+def test_nodes_have_the_servers_token_for_checkpoints() -> None:
+    secret = manifest_of_the_server("secret.example.yaml")
+    (worker,) = groups()[1]["template"]["spec"]["containers"]
+    (token,) = [variable for variable in worker["env"] if variable["name"] == "HF_TOKEN"]
+
+    reference = token["valueFrom"]["secretKeyRef"]
+
+    assert reference == {"name": secret["metadata"]["name"], "key": "HF_TOKEN", "optional": True}
+    assert reference["key"] in secret["stringData"]
 
 
 def test_nodes_share_the_servers_checkpoints() -> None:
@@ -196,6 +216,12 @@ def test_every_link_of_the_guide_leads_somewhere() -> None:
 
     assert links
     assert [link for link in links if not (GUIDE.parent / link).exists()] == []
+
+
+def test_load_balancer_closes_idle_connections_before_the_servers_do() -> None:
+    (seconds,) = re.findall(r"^ +keepalive_timeout (\d+)s;$", GUIDE.read_text(), re.MULTILINE)
+
+    assert int(seconds) < gunicorn_setting("keepalive")
 
 
 def test_settings_that_the_guide_names_are_settings_of_the_server() -> None:
