@@ -4,7 +4,7 @@
 #     install_plugins.sh DIRECTORY
 #
 # DEVICE is what torch, if a plugin needs it, is to run on: cpu (the default) or cuda. With TORCH_INDEX_URL set, it comes
-# from that package index.
+# from that package index. What else a plugin needs on a GPU, it declares as its extra cuda.
 set -eu
 
 directory=$1
@@ -29,6 +29,9 @@ for plugin in "$directory"/*/; do
     if [ ! -f "$plugin/pyproject.toml" ]; then
         echo "$plugin is not a plugin: it has no pyproject.toml" >&2
         exit 1
+    fi
+    if [ "${DEVICE:-cpu}" = cuda ] && grep -q '^cuda = ' "$plugin/pyproject.toml"; then
+        plugin="${plugin}[cuda]"
     fi
     set -- "$@" "$plugin"
 done

@@ -7,16 +7,19 @@ import os
 import re
 import shlex
 import shutil
+import ssl
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from threading import Thread
 
 import psutil
 import pytest
+import trustme
 
 from dev_server import ROOT
 from tests.conftest import Server, free_port
@@ -233,6 +236,21 @@ def test_torch_comes_from_the_index_that_is_given(
     assert log.read_text() == f"-m pip install {index}{plugin}/\n"
 
 
+@pytest.mark.parametrize(
+    ("device", "extra"), [pytest.param("cpu", "", id="cpu"), pytest.param("cuda", "[cuda]", id="cuda")]
+)
+def test_what_a_plugin_needs_on_a_gpu_alone_is_installed_for_cuda(
+    plugins_to_install: Path, fake_python: tuple[Path, dict[str, str]], device: str, extra: str
+) -> None:
+    log, environment = fake_python
+    (whisper,) = (plugin for plugin in PLUGINS if plugin_name(plugin) == "models.faster_whisper")
+    shutil.copytree(whisper, plugins_to_install / whisper.name)
+
+    install(plugins_to_install, environment | {"DEVICE": device})
+
+    assert log.read_text() == f"-m pip install {plugins_to_install / whisper.name}/{extra}\n"
+
+
 def test_device_that_is_neither_cpu_nor_cuda_is_refused_by_name(
     plugins_to_install: Path, fake_python: tuple[Path, dict[str, str]]
 ) -> None:
@@ -275,7 +293,40 @@ def test_image_serves_the_plugins_that_were_to_be_installed_and_ends_on_sigterm(
     assert psutil.wait_procs(processes, timeout=30)[1] == []
 
 
-@pytest.mark.parametrize(
+@contextmanager
+def answering(status: int | None, context: ssl.SSLContext | None = None) -> Iterator[int]:
+    """Answer all requests with a status, over TLS where there is a context; None closes connections. Yield the port."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if status is not None:
+                self.send_response(status)
+                self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        if context is not None:
+            server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield server.server_port
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture
+def tls() -> ssl.SSLContext:
+    """A server's part of TLS, with a certificate that nobody knows, of another name than the address."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    trustme.CA().issue_cert("server.example").configure_cert(context)
+    return context
+
+
+HEALTH = pytest.mark.parametrize(
     ("answer", "exit_status"),
     [
         pytest.param(200, 0, id="200"),
@@ -284,28 +335,39 @@ def test_image_serves_the_plugins_that_were_to_be_installed_and_ends_on_sigterm(
         pytest.param(503, 1, id="503"),
     ],
 )
+
+
+@HEALTH
 def test_health_check_passes_on_any_answer_but_a_server_error(answer: int, exit_status: int) -> None:
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.send_response(answer)
-            self.end_headers()
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = Thread(target=server.serve_forever, args=(0.01,))
-        thread.start()
-        done = check_health(f"http://127.0.0.1:{server.server_port}/health/live")
-        server.shutdown()
-        thread.join()
+    with answering(answer) as port:
+        done = check_health(f"http://127.0.0.1:{port}/health/live")
 
     assert done.returncode == exit_status
-    assert (str(answer) in done.stderr) == (exit_status == 1)
+    assert (f"answered {answer}" in done.stderr) == (exit_status == 1)
+
+
+@HEALTH
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_health_check_gets_its_answer_over_tls_where_the_server_speaks_that(
+    tls: ssl.SSLContext, scheme: str, answer: int, exit_status: int
+) -> None:
+    with answering(answer, tls) as port:
+        done = check_health(f"{scheme}://127.0.0.1:{port}/health/live")
+
+    assert done.returncode == exit_status
+    assert (f"https://127.0.0.1:{port}/health/live answered {answer}" in done.stderr) == (exit_status == 1)
+
+
+def test_health_check_fails_where_connections_are_closed_without_an_answer() -> None:
+    with answering(None) as port:
+        done = check_health(f"http://127.0.0.1:{port}/health/live")
+
+    assert done.returncode == 1
+    assert re.findall(r"(https?)://\S+ does not answer", done.stderr) == ["http", "https"]
 
 
 def test_health_check_fails_where_nothing_listens() -> None:
     done = check_health(f"http://127.0.0.1:{free_port()}/health/live")
 
     assert done.returncode == 1
-    assert "does not answer" in done.stderr
+    assert re.findall(r"(https?)://\S+ does not answer", done.stderr) == ["http"]
