@@ -140,6 +140,68 @@ def test_precision_is_the_one_that_dtype_names(
     }
 
 
+# A GPU with CUDA, and the library that it needs
+
+
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The libraries that were loaded, on a machine with one GPU and none where the system looks for them."""
+    libraries: list[str] = []
+
+    def load(path: str) -> None:
+        if not Path(path).is_absolute():
+            raise OSError(f"{path}: cannot open shared object file")
+        libraries.append(path)
+
+    monkeypatch.setattr("ctranslate2.get_cuda_device_count", lambda: 1)
+    monkeypatch.setattr(plugin, "ctypes", SimpleNamespace(CDLL=load))
+    return libraries
+
+
+def test_without_the_library_for_the_gpu_the_cpu_is_taken_and_the_log_says_why(
+    build: Callable[..., Engine], tiny_settings: dict[str, str], loaded: list[str], tmp_path: Path
+) -> None:
+    ask = Ask(create_app(build(**tiny_settings | {"DEVICE": "auto"})).test_client(), "faster_whisper")
+
+    ask(TASK, audio=encode(noise(0)), config={"max_new_tokens": 1, "language": "en"})
+
+    assert plugin.provenance()["device"] == "cpu"
+    (warning,) = (line for line in (tmp_path / "log.txt").read_text().splitlines() if "WARNING" in line)
+    assert "libcublas.so.12: cannot open shared object file" in warning
+    assert "pip install nvidia-cublas-cu12" in warning
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0"])
+def test_gpu_that_is_named_is_a_503_without_its_library(
+    refused: Callable[..., str], loaded: list[str], device: str
+) -> None:
+    error = refused(DEVICE=device)
+
+    assert f"DEVICE={device}: CTranslate2 needs libcublas.so.12" in error
+    assert "pip install nvidia-cublas-cu12" in error
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_library_for_the_gpu_is_loaded_from_its_package(
+    refused: Callable[..., str], loaded: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, device: str
+) -> None:
+    def load(*_: Any, device: str, **__: Any) -> None:
+        raise RuntimeError(f"it is to run on {device}")
+
+    files = [tmp_path / "nvidia" / "cublas" / "lib" / name for name in ("libcublas.so.12", "libcublasLt.so.12")]
+    information = tmp_path / "nvidia_cublas_cu12-12.9.1.4.dist-info"
+    information.mkdir()
+    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: nvidia-cublas-cu12\nVersion: 12.9.1.4\n")
+    (information / "RECORD").write_text("".join(f"{file.relative_to(tmp_path)},,\n" for file in files))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("faster_whisper.WhisperModel", load)
+
+    error = refused(DEVICE=device)
+
+    assert "it is to run on cuda" in error
+    assert loaded == [str(files[1]), str(files[0])]  # of these, the latter needs the former
+
+
 # Trained weights
 
 

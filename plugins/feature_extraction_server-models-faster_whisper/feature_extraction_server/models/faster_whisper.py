@@ -5,7 +5,10 @@ Weights: Systran/faster-whisper-base, MIT (OpenAI's, converted). Library: https:
 
 from __future__ import annotations
 
+import ctypes
+import logging
 import os
+from importlib import metadata
 from typing import Any, Final
 
 from pydantic import Field
@@ -24,10 +27,15 @@ from feature_extraction_server.core.speech import (
     timed,
 )
 
+logger = logging.getLogger(__name__)
+
 FILES: Final = ("config.json", "model.bin", "preprocessor_config.json", "tokenizer.json", "vocabulary.*")
 #: The library's arguments unless a request says otherwise. A text that a window inherits can have it repeat the same
 #: words to its end.
 ARGUMENTS: Final = {"beam_size": 1, "temperature": 0, "condition_on_previous_text": False}
+#: The library of CUDA's that CTranslate2 needs, after the one that this needs, and the package that has both.
+CUBLAS: Final = ("libcublasLt.so.12", "libcublas.so.12")
+CUBLAS_PACKAGE: Final = "nvidia-cublas-cu12"
 
 
 class FasterWhisperConfig(TranscriptionConfig):
@@ -50,10 +58,9 @@ def add_settings(settings_manager: SettingsManager) -> None:
 
 def load_model() -> None:
     global model
-    import ctranslate2
     from faster_whisper import WhisperModel
 
-    device, _, number = checkpoint.device_among({"cuda": ctranslate2.get_cuda_device_count()}).partition(":")
+    device, _, number = _device().partition(":")
     with checkpoint.loading() as folder:
         for name in ("config.json", "tokenizer.json"):  # CTranslate2 would go on, and the library ask the hub
             if not (folder / name).is_file():
@@ -101,6 +108,49 @@ def _transcribe(samples: Any, arguments: dict[str, Any], config: dict[str, Any])
         timed((word.start, word.end, word.word) for segment in segments for word in segment.words or ()),
         config,
     )
+
+
+def _device() -> str:
+    """Return the device that DEVICE names or, for auto, the best that CTranslate2 can use.
+
+    Raises:
+        ModelLoadFailed: there is no such device here, or not the library that it needs.
+    """
+    import ctranslate2
+
+    device = checkpoint.device_among({"cuda": ctranslate2.get_cuda_device_count()})
+    try:
+        if device.startswith("cuda"):
+            _load_cublas()
+        return device
+    except OSError as error:
+        missing = (
+            f"CTranslate2 needs {CUBLAS[-1]}, of CUDA 12, which cannot be loaded ({error}); "
+            f"to install it: pip install {CUBLAS_PACKAGE}"
+        )
+    try:
+        other = checkpoint.device_among({"cuda": 0})  # there is one only where DEVICE leaves the choice
+    except ModelLoadFailed:
+        raise ModelLoadFailed(f"DEVICE={device}: {missing}") from None
+    logger.warning("The model faster_whisper runs on the CPU, not on the GPU: %s", missing)
+    return other
+
+
+def _load_cublas() -> None:
+    """Load the library that CTranslate2 would look for in the first request, and never in its package.
+
+    Raises:
+        OSError: it is not there, or cannot be loaded.
+    """
+    try:
+        ctypes.CDLL(CUBLAS[-1])  # where the system looks, or loaded already by torch
+    except OSError:
+        files = [file for package in metadata.distributions(name=CUBLAS_PACKAGE) for file in package.files or ()]
+        paths = {file.name: str(file.locate()) for file in files}
+        if not paths.keys() >= set(CUBLAS):
+            raise
+        for name in CUBLAS:  # whoever asks for them by name gets what is loaded
+            ctypes.CDLL(paths[name])
 
 
 def _compute_type(device: str) -> str:
