@@ -96,6 +96,19 @@ def test_position_counts_the_queued_jobs_of_the_same_model(store: JobStore) -> N
     assert positions == [1, 1, 2]
 
 
+def test_list_of_jobs_tells_the_same_positions(store: JobStore) -> None:
+    running, ended = add(store), add(store, "other")
+    claimed(store)
+    store.succeed(claimed(store), "1", "{}")
+    queued = [add(store), add(store, "other"), add(store)]
+
+    positions = {job.id: job.queue_position for job in store.latest(10)}
+
+    first, other, second = (job.id for job in queued)
+    assert positions == {running.id: None, ended.id: None, first: 1, other: 1, second: 2}
+    assert [job.queue_position for job in store.latest(1, "queued")] == [2]
+
+
 def test_input_is_dropped_when_the_job_ends(store: JobStore, tmp_path: Path) -> None:
     jobs = [add(store, payload='{"text": "secret"}') for _ in range(4)]
     first = claimed(store)

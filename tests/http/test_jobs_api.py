@@ -328,6 +328,7 @@ def test_a_job_tells_its_place_among_those_that_wait_for_its_model(client_with: 
     jobs = [json_of(client.get(location)) for location in locations]
     assert [job["state"] for job in jobs] == ["running", "running", "queued", "queued"]
     assert [job["queue_position"] for job in jobs] == [None, None, 1, 2]
+    assert json_of(client.get("/api/jobs")) == jobs[::-1]
 
 
 def test_jobs_of_one_model_keep_no_other_model_s_waiting(client_with: MakeClient, gated: Any) -> None:

@@ -167,6 +167,32 @@ def test_keys_and_rates_are_described_where_they_are_set(build: Callable[..., En
     assert {"401", "429"} <= document["paths"]["/api/tasks/list"]["get"]["responses"].keys()
 
 
+def test_routes_that_need_no_key_are_described_as_such(build: Callable[..., Engine]) -> None:
+    app = create_app(build(API_KEYS="s3same"))
+    document = document_of(app)
+
+    refused, told, open_to_all = set(), set(), set()
+    for path, method, operation in operations(document):
+        with app.test_client().open(re.sub(r"\{\w+\}", "x", path), method=method) as answer:
+            refused |= {(path, method)} if answer.status_code == 401 else set()
+        told |= {(path, method)} if "401" in operation["responses"] else set()
+        open_to_all |= {(path, method)} if operation.get("security") == [] else set()
+
+    validate(document)
+    assert told == refused
+    assert open_to_all == {(path, method) for path, method, _ in operations(document)} - refused
+    assert {("/health/live", "GET"), ("/docs/files/{name}", "GET"), ("/", "GET")} <= open_to_all
+
+
+def test_health_checks_are_described_as_free_of_the_rate(build: Callable[..., Engine]) -> None:
+    document = document_of(create_app(build(RATE_LIMIT="1000")))
+
+    unlimited = {path for path, _, operation in operations(document) if "429" not in operation["responses"]}
+
+    assert unlimited == {"/health/live", "/health/ready"}
+    assert all("security" not in operation for _, _, operation in operations(document))
+
+
 def test_api_plugin_adds_its_routes_to_the_document(plugin: Callable[..., None], build: Callable[..., Engine]) -> None:
     plugin("apis", "mine", MINE)
 

@@ -6,6 +6,7 @@ import base64
 import importlib
 import json
 import re
+import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -331,8 +332,17 @@ def test_a_feature_is_a_list_of_numbers_or_a_text(
         image_url(),
         form(image_url().partition(",")[2]),
         "more=1&" + form(image_url()) + "&yet=more",
+        "metadata=1&data&" + form(image_url()) + "&data=another",
     ],
-    ids=["escaped", "escaped in lower case", "not escaped", "no field", "base64 alone", "among other fields"],
+    ids=[
+        "escaped",
+        "escaped in lower case",
+        "not escaped",
+        "no field",
+        "base64 alone",
+        "among other fields",
+        "among fields of like names",
+    ],
 )
 def test_a_data_url_is_read_however_a_release_of_the_client_writes_it(vitrivr: FlaskClient, body: str) -> None:
     assert json_of(extract(vitrivr, "clip_image", body)) == [40.0, 30.0]
@@ -346,6 +356,28 @@ def test_a_picture_of_many_megabytes_passes(vitrivr: FlaskClient) -> None:
     assert json_of(extract(vitrivr, "clip_image", body)) == [1400.0, 1400.0]
 
 
+def test_form_of_very_many_fields_takes_little_more_memory_than_its_body(vitrivr: FlaskClient) -> None:
+    body = b"&" * 4_000_000
+    tracemalloc.start()
+
+    try:
+        refused = extract(vitrivr, "clip_image", body)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert refused.status_code == 400
+    assert peak < 5 * len(body)
+
+
+def test_body_that_is_compressed_in_an_unknown_way_is_refused_as_described(vitrivr: FlaskClient) -> None:
+    response = extract(vitrivr, "clip_image", form(image_url()), headers={"Content-Encoding": "br"})
+    described = json_of(vitrivr.get("/openapi.json"))["paths"]["/extract/clip_image"]["post"]
+
+    assert response.status_code == 415
+    assert "415" in described["responses"]
+
+
 @pytest.mark.parametrize(
     ("feature", "body", "status", "code"),
     [
@@ -354,6 +386,7 @@ def test_a_picture_of_many_megabytes_passes(vitrivr: FlaskClient) -> None:
         ("shout", form(text_url("a")), 500, "internal_error"),
         ("clip_image", "", 400, "invalid_input"),
         ("clip_image", "data=", 400, "invalid_input"),
+        ("clip_image", "data=&" + form(image_url()), 400, "invalid_input"),
         ("clip_image", "image=" + image_url(), 400, "invalid_input"),
         ("clip_image", form("data:image/png;base64,nonsense"), 400, "invalid_input"),
         ("clip_image", b"data=data:image/png;base64,\xff", 400, "invalid_input"),
@@ -368,6 +401,7 @@ def test_a_picture_of_many_megabytes_passes(vitrivr: FlaskClient) -> None:
         "task without fields",
         "no body",
         "no data",
+        "no data in the first field",
         "another field",
         "no picture",
         "no ASCII",

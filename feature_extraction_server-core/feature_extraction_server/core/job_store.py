@@ -202,9 +202,12 @@ class JobStore:
 
     def latest(self, limit: int, state: str | None = None) -> list[StoredJob]:
         """Return jobs without their results, the newest first."""
+        # All positions are numbered once and then looked up: for a join, SQLite makes no index, and it is quadratic.
         rows = self._execute(
-            f"SELECT {_COLUMNS} FROM jobs WHERE (ended IS NULL OR ended > ?) AND (?2 IS NULL OR state = ?2)"
-            " ORDER BY seq DESC LIMIT ?3",
+            "WITH positions AS MATERIALIZED (SELECT seq AS queued, row_number() OVER (PARTITION BY model ORDER BY seq)"
+            " AS position FROM jobs WHERE state = 'queued')"
+            f" SELECT {_COLUMNS}, NULL, NULL, (SELECT position FROM positions WHERE queued = jobs.seq) FROM jobs"
+            " WHERE (ended IS NULL OR ended > ?) AND (?2 IS NULL OR state = ?2) ORDER BY seq DESC LIMIT ?3",
             (self._oldest(), state, limit),
         )
         return [_job(row) for row in rows]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 from functools import cache
 from importlib import metadata, resources
 from typing import Any, Final
@@ -13,6 +14,7 @@ from flask import Flask, Response, jsonify, request, send_file
 from feature_extraction_server.core.application import ApplicationInterface
 from feature_extraction_server.core.describe import task_description
 from feature_extraction_server.core.errors import NotFound
+from feature_extraction_server.flask.access import HEALTH
 from feature_extraction_server.flask.openapi import (
     JsonObject,
     components,
@@ -69,7 +71,7 @@ def add_routes(application_interface: ApplicationInterface, flask_app: Flask) ->
 
     @cache  # no plugin comes or goes while the server runs
     def the_document() -> JsonObject:
-        return document(application_interface)
+        return document(application_interface, flask_app)
 
     def page() -> Response:
         html = _PAGE.format(base="../" if request.path.endswith("/") else "./")
@@ -116,8 +118,12 @@ def describe_routes(application_interface: ApplicationInterface) -> dict[str, An
     }
 
 
-def document(application: ApplicationInterface) -> JsonObject:
-    """Return the OpenAPI document: the descriptions of all api plugins that have one."""
+def document(application: ApplicationInterface, flask_app: Flask) -> JsonObject:
+    """Return the OpenAPI document: the descriptions of all api plugins that have one.
+
+    Args:
+        flask_app: has all their routes by now, and knows which of them need no key.
+    """
     paths: JsonObject = {}
     tags = {task: task_description(application.registry, task) for task in application.list_tasks()}
     api_tags: dict[str, str] = {}
@@ -127,7 +133,7 @@ def document(application: ApplicationInterface) -> JsonObject:
             for tag in _tags(item):
                 if tag not in tags:
                     api_tags.setdefault(tag, (inspect.getdoc(api) or "").partition("\n")[0])
-    _add_access_errors(paths, application)
+    _add_access_errors(paths, application, _public_operations(flask_app))
     security: JsonObject = {"security": [{"api_key": []}]} if application.settings.api_keys() else {}
     return {
         "openapi": "3.1.0",
@@ -145,15 +151,30 @@ def document(application: ApplicationInterface) -> JsonObject:
     } | security
 
 
-def _add_access_errors(paths: JsonObject, application: ApplicationInterface) -> None:
-    """Add what any route may answer to whom it does not serve: a foreign page, one without a key, one in haste."""
-    settings = application.settings
-    anywhere = ([401] if settings.api_keys() else []) + ([429] if settings.rate_limit.get() else [])
-    for item in paths.values():
+def _add_access_errors(paths: JsonObject, application: ApplicationInterface, public: set[tuple[str, str]]) -> None:
+    """Add what a route may answer to whom it does not serve: a foreign page, one without a key, one in haste."""
+    has_keys, has_rate = bool(application.settings.api_keys()), bool(application.settings.rate_limit.get())
+    for path, item in paths.items():
+        is_health = path.startswith(HEALTH)
         for method, described in item.items():
             if isinstance(described, dict) and "responses" in described:
-                errors = anywhere + ([] if method == "get" else [403])
+                needs_no_key = is_health or (path, method) in public
+                if has_keys and needs_no_key:
+                    described["security"] = []
+                errors = [401] if has_keys and not needs_no_key else []
+                errors += [429] if has_rate and not is_health else []
+                errors += [] if method == "get" else [403]
                 described["responses"] = error_responses(errors) | described["responses"]
+
+
+def _public_operations(flask_app: Flask) -> set[tuple[str, str]]:
+    """Return the paths and methods of the views that are for every visitor, spelt as in the document."""
+    return {
+        (re.sub(r"<(?:\w+:)?(\w+)>", r"{\1}", rule.rule), method.lower())
+        for rule in flask_app.url_map.iter_rules()
+        if getattr(flask_app.view_functions[rule.endpoint], "is_public", False)
+        for method in rule.methods or ()
+    }
 
 
 _DESCRIPTION: Final = """\

@@ -246,11 +246,14 @@ def as_answer(result: Any) -> Any:
 def _read_data_url() -> str:
     """Return the field ``data`` of the form that is the current request's body; or the body, if it is a data URL."""
     body = read_body()
-    fields = body.split(b"&")
-    value = next((field.removeprefix(b"data=") for field in fields if field.startswith(b"data=")), None)
-    if value is None and body.startswith(b"data:"):
+    # Found by its place: a list of all fields may take many times as much memory as the body.
+    start = 0 if body.startswith(b"data=") else body.find(b"&data=") + 1
+    if body.startswith(b"data=", start):
+        end = body.find(b"&", start)
+        value = body[start + len(b"data=") : len(body) if end < 0 else end]
+    elif body.startswith(b"data:"):
         value = body
-    if value is None:
+    else:
         raise InvalidInput("the body must be a form with the field data, which holds a data URL", field="data")
     # A plus is itself, and no space: base64 has no spaces, and some releases of the client do not escape it.
     for escaped, byte in _ESCAPED.items():
@@ -370,6 +373,6 @@ def _describe_feature(application: ApplicationInterface, name: str, feature: Fea
         tag=TAG,
         operation_id=f"vitrivr_api_extract_{name}",
         answer=json_response("The vector, or an object that holds the text", answer),
-        errors=[status for status in RUN_ERRORS if status not in (415, 429)],
+        errors=[status for status in RUN_ERRORS if status != 429],
         body={"required": True, "content": {"application/x-www-form-urlencoded": {"schema": form}}},
     )
