@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -64,6 +65,27 @@ def test_the_model_that_was_idle_longest_makes_room(build: Build, three: list[st
     ask(engine, "room_c", picture)
 
     assert states(engine, three) == ["running", "stopped", "running"]
+
+
+def test_a_preloaded_model_that_failed_is_started_again_where_there_is_room(
+    build: Build, three: list[str], plugin: Callable[[str, str, str], None], picture: str
+) -> None:
+    plugin("models", "room_d", MODEL.replace("    pass", "    raise OSError('no hub yet')", 1))
+    engine = build(PRELOAD_MODELS="room_d", MAX_LOADED_MODELS="1", LOAD_RETRY_DELAY="0.05")
+    engine.preload()
+    wait_until(lambda: states(engine, ["room_d"]) == ["failed"])
+    import feature_extraction_server.models.room_d as model  # type: ignore[import-not-found]
+
+    model.load_model = lambda: None
+    ask(engine, "room_a", picture)
+    time.sleep(0.1)
+    engine.retry_preloaded()
+    without_room = states(engine, ["room_d", "room_a"])
+    engine.stop("room_a", wait=True)
+    engine.retry_preloaded()
+
+    assert without_room == ["failed", "running"]
+    wait_until(lambda: states(engine, ["room_d"]) == ["running"])
 
 
 def test_a_start_makes_room_too_and_returns_at_once(build: Build, three: list[str], picture: str) -> None:

@@ -340,6 +340,45 @@ def test_a_failed_load_is_retried_by_a_request_after_the_delay(make: Callable[..
     assert ask(model, 1) == [1]
 
 
+def test_a_failed_model_that_is_to_run_is_loaded_again_less_and_less_often(
+    make: Callable[..., Model], fake: Fake, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make(replace(SOON, load_retry_delay=10))
+    clock = 1000.0
+    monkeypatch.setattr("feature_extraction_server.core.model.time.monotonic", lambda: clock)
+    fake.load_error = OSError("no hub")
+    loaded_at = []
+
+    def load_again() -> None:
+        nonlocal clock
+        n_loads = fake.n_loads
+        clock += 1
+        model.retry()
+        wait_until(lambda: model.state is State.FAILED)
+        if fake.n_loads > n_loads:
+            loaded_at.append(clock)
+
+    model.start()
+    wait_until(lambda: model.state is State.FAILED)
+    for _ in range(1000):
+        load_again()
+
+    waits = [after - before for before, after in zip([1000, *loaded_at], loaded_at, strict=False)]
+    assert waits == [10, 20, 40, 80, 160, 320, 320]
+
+
+def test_a_model_that_was_stopped_is_not_loaded_again(make: Callable[..., Model], fake: Fake) -> None:
+    model = make()
+    fake.load_error = OSError("no hub")
+    model.start()
+    wait_for(model, State.FAILED)
+    model.stop()
+
+    model.retry()
+
+    assert model.state is State.STOPPED
+
+
 def test_stopping_a_failed_model_makes_it_stopped(make: Callable[..., Model], fake: Fake) -> None:
     model = make()
     fake.load_error = RuntimeError("no weights")

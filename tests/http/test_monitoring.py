@@ -211,6 +211,24 @@ def test_server_is_ready_once_all_models_to_preload_run(build: Callable[..., Eng
     assert after.status_code == 200
 
 
+def test_server_stays_ready_when_a_model_to_preload_is_stopped_but_not_when_it_fails(
+    build: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = build(PRELOAD_MODELS="fake_echo")
+    client = create_app(engine).test_client()
+    engine.start("fake_echo", wait=True)
+
+    engine.stop("fake_echo", wait=True)
+    stopped = client.get("/health/ready")
+    monkeypatch.setattr("feature_extraction_server.models.fake_echo.load_model", lambda: 1 / 0)
+    with pytest.raises(ModelUnavailable):
+        engine.start("fake_echo", wait=True)
+    failed = client.get("/health/ready")
+
+    assert (stopped.status_code, failed.status_code) == (200, 503)
+    assert "division by zero" in failed.get_json()["reason"]
+
+
 def test_reason_is_told_where_a_model_failed_to_load(build: Callable[..., Engine]) -> None:
     engine = build(PRELOAD_MODELS="fake_broken")
     client = create_app(engine).test_client()

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from feature_extraction_server.core.engine_client import private_directory
-from tests.conftest import Server, encode_image
+from tests.conftest import Server, encode_image, server_environment
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.process
@@ -218,6 +218,25 @@ def test_preloaded_models_start_again_when_the_engine_has_died(
     engine_of(server).kill()
 
     wait_until(lambda: log.read_text().count("The model fake_slow is running") == 2)  # without any request
+
+
+def test_a_preloaded_model_that_cannot_be_loaded_yet_is_loaded_when_it_can(gunicorn: Gunicorn, tmp_path: Path) -> None:
+    plugins = tmp_path / "plugins"
+    models = plugins / "feature_extraction_server" / "models"
+    models.mkdir(parents=True)
+    weights = tmp_path / "weights"
+    (models / "late.py").write_text(
+        f"def load_model(): open({str(weights)!r}).close()\ndef image_captioning(image): pass\n"
+    )
+    path = os.pathsep.join([str(plugins), *server_environment(tmp_path)["PYTHONPATH"].split(os.pathsep)])
+    server = gunicorn("--preload", PRELOAD_MODELS="late", LOAD_RETRY_DELAY="0.1", PYTHONPATH=path)
+    wait_until(lambda: server.get("/api/models/late/status").json()["counts"]["failed_loads"] > 1)
+    before = server.get("/health/ready")
+
+    weights.touch()
+
+    wait_until(lambda: server.get("/health/ready").status_code == 200)
+    assert before.status_code == 503
 
 
 def test_tensors_leave_the_engine_as_numbers_and_no_torch_enters_a_web_worker(

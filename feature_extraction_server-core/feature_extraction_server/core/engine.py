@@ -36,6 +36,7 @@ class Engine(ApplicationInterface):
             start_consumer = registry.consumers[consumer_type].start
             options = settings.model_options(name)
             self.models[name] = Model(name, module, consumer_type, start_consumer, log_server, options)
+        self._preloaded = [name for name in settings.preload_models() if name in self.models]
 
     def call(self, model: str, call: Call, deadline: float, is_wanted: Callable[[], bool]) -> Any:
         job = Job(call)
@@ -114,9 +115,23 @@ class Engine(ApplicationInterface):
 
     def preload(self) -> None:
         """Start the models that PRELOAD_MODELS names, but those whose plugin is left out."""
-        for name in self.settings.preload_models():
-            if name in self.models:
-                self.start(name)
+        for name in self._preloaded:
+            self.start(name)
+
+    def retry_preloaded(self) -> None:
+        """Start those of them again that have failed, where there is room. To be called now and then.
+
+        Who sends requests only to servers that are ready would never start one.
+        """
+        for name in self._preloaded:
+            if not self._max_loaded:
+                self.models[name].retry()
+            elif self._starting.acquire(blocking=False):  # whoever has it may wait for room for long
+                try:
+                    if sum(model.is_active for model in self.models.values()) < self._max_loaded:
+                        self.models[name].retry()
+                finally:
+                    self._starting.release()
 
     def close(self) -> None:
         """Stop all models; who still runs after the grace period is left to the process's end."""

@@ -56,6 +56,7 @@ def main(directory: Path, owner_pid: int) -> None:
         try:
             connections.look_round()
             engine.notice_dead_consumers()
+            engine.retry_preloaded()
             found = _inode(address)
             is_replaced = found not in (inode, None)
             if found is None:

@@ -49,6 +49,8 @@ class State(StrEnum):
     FAILED = "failed"
 
 
+#: How many times as long as the retry delay a model waits at most that is started again by itself.
+MAX_RETRY_DELAYS: Final = 32
 _STARTING: Final = (State.STARTING, State.LOADING)
 _ON_ITS_WAY: Final = (State.STARTING, State.LOADING, State.RUNNING)
 
@@ -242,7 +244,7 @@ class Model:
         self._retry_at = 0.0
         self._state_since = time.monotonic()
         self._load_seconds: float | None = None
-        self._n_loads = self._n_failed_loads = 0
+        self._n_loads = self._n_failed_loads = self._n_failed_in_a_row = 0
         self._n_jobs = self._n_items = self._n_failures = 0
         self._last_used = time.monotonic()
         self._measuring = threading.Lock()
@@ -258,6 +260,20 @@ class Model:
         self.notice_dead_consumer()
         with self._changed:
             run = self._start_locked()
+        self._launch(run)
+
+    def retry(self) -> None:
+        """Start the model again if it has failed and the retry delay has passed. Returns at once.
+
+        The delay doubles with each load that fails, up to ``MAX_RETRY_DELAYS`` times its length.
+        """
+        self.notice_dead_consumer()
+        with self._changed:
+            n_delays = min(2 ** max(0, self._n_failed_in_a_row - 1), MAX_RETRY_DELAYS)
+            retry_at = self._state_since + n_delays * self.options.load_retry_delay
+            if self._state is not State.FAILED or time.monotonic() < retry_at:
+                return
+            run = self._new_run()
         self._launch(run)
 
     def stop(self, *, asked: bool = True) -> None:
@@ -505,6 +521,7 @@ class Model:
             self._last_used = time.monotonic()
             self._load_seconds = round(seconds, 3)
             self._n_loads += 1
+            self._n_failed_in_a_row = 0
             if self._state is State.LOADING:
                 self._set_state(State.RUNNING)
         logger.info("The model %s was loaded in %.1f s", self.name, seconds)
@@ -515,6 +532,7 @@ class Model:
                 return
             run.ended = True
             self._n_failed_loads += 1
+            self._n_failed_in_a_row += 1
             jobs, run_next = self._leave(run, reason)
             self._retry_at = time.monotonic() + self.options.load_retry_delay
         fail_all(jobs, ModelLoadFailed(reason, retry_after=self.options.load_retry_delay))

@@ -206,7 +206,8 @@ class ServerSettings:
                 default=defaults.load_retry_delay,
                 minimum=0,
                 maximum=MAX_SECONDS,
-                description="Seconds before a request makes a model that failed to load try again",
+                description="Seconds before a request makes a model that failed to load try again; one of "
+                "PRELOAD_MODELS does so by itself",
             ),
             "idle_timeout": add(
                 name="MODEL_IDLE_TIMEOUT",

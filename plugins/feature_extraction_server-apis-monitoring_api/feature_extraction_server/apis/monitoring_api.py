@@ -61,7 +61,10 @@ def add_routes(application_interface: ApplicationInterface, flask_app: Flask) ->
 
 
 class Readiness:
-    """Whether all of PRELOAD_MODELS run."""
+    """Whether all of PRELOAD_MODELS have been loaded, and none of them has failed since.
+
+    One that was stopped, by MODEL_IDLE_TIMEOUT, say, is started by a request, which only a server that is ready gets.
+    """
 
     def __init__(self, application: ApplicationInterface) -> None:
         self._application = application
@@ -79,10 +82,14 @@ class Readiness:
         except DeadlineExceeded as error:
             last = self._last
             return last[1] if last is not None and time.monotonic() < last[0] + REMEMBERED_S else error.message
-        waiting = [name for name in self._models if states.get(name, {}).get("state") != State.RUNNING]
+        waiting = [name for name in self._models if not _has_started(states.get(name))]
         reason = "; ".join(_reason(name, states.get(name)) for name in waiting) or None
         self._last = time.monotonic(), reason
         return reason
+
+
+def _has_started(told: dict[str, Any] | None) -> bool:
+    return told is not None and told["counts"]["loads"] > 0 and told["state"] != State.FAILED
 
 
 def _reason(name: str, told: dict[str, Any] | None) -> str:
@@ -310,7 +317,7 @@ def describe_routes(application_interface: ApplicationInterface) -> dict[str, An
         answer = json_response("It is", schema, {"status": statuses[0]})
         return operation(summary, tag=TAG, operation_id=f"monitoring_api_{name}", answer=answer)
 
-    ready = health("Whether all of PRELOAD_MODELS run", "ready", "ready")
+    ready = health("Whether all of PRELOAD_MODELS have been loaded, and none has failed since", "ready", "ready")
     properties = {"status": {"const": "not ready"}, "reason": {"type": "string"}}
     ready["responses"]["503"] = json_response(
         "It is not, and why",
