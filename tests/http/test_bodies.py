@@ -18,6 +18,7 @@ from PIL import Image
 from werkzeug.test import TestResponse
 
 from feature_extraction_server.core import media
+from feature_extraction_server.flask import request_body
 from tests.conftest import encode_image
 from tests.http.bad_requests import CAPTION, CLASSIFY, CONDITIONAL, PNG, SHOUT, SPEECH
 from tests.http.conftest import MakeClient, json_of
@@ -279,6 +280,17 @@ def test_fault_of_a_form_is_told_with_its_field(
             f"multipart/form-data; boundary={BOUNDARY}",
             id="a part without headers",
         ),
+        pytest.param(
+            part(WIDE, 'name="image"; filename="a"').replace(b"\r\n", b"\r\n" + b"a: b\r\n" * 50_000, 1)
+            + f"--{BOUNDARY}--".encode(),
+            f"multipart/form-data; boundary={BOUNDARY}",
+            id="a part with more headers than data",
+        ),
+        pytest.param(
+            b"-" * 300_000 + b"\r\n" + part(WIDE, 'name="image"; filename="a"') + f"--{BOUNDARY}--".encode(),
+            f"multipart/form-data; boundary={BOUNDARY}",
+            id="much before the first part",
+        ),
     ],
 )
 def test_malformed_form_is_refused(client: FlaskClient, body: bytes, content_type: str) -> None:
@@ -486,6 +498,27 @@ def test_json_is_read_as_ever(client: FlaskClient) -> None:
     body = json.dumps({"audio": encode(SOUND)})
 
     assert json_of(client.post(SPEECH, data=body, content_type="application/json")) == "80 samples at 8000 Hz"
+
+
+@pytest.mark.parametrize(("n_lists", "status"), [(99, 400), (100, 413)])
+def test_json_of_very_many_values_is_refused_before_it_is_parsed(
+    client: FlaskClient, n_lists: int, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(request_body, "MAX_JSON_VALUES", 200)
+    body = json.dumps({"image": [[]] * n_lists})  # and a comma between two, and two brackets around them
+
+    response = client.post(CAPTION, data=body, content_type="application/json")
+
+    assert response.status_code == status
+    assert ("commas and opening brackets" in json_of(response)["error"]) == (status == 413)
+
+
+def test_base64_of_any_length_is_no_json_of_many_values(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request_body, "MAX_JSON_VALUES", 20)
+    body = json.dumps({"audio": encode(SOUND)})
+
+    assert len(body) > 20
+    assert client.post(SPEECH, data=body, content_type="application/json").status_code == 200
 
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {

@@ -17,7 +17,7 @@ from typing import IO, Any, Final, NamedTuple
 from flask import Request, request
 from pydantic_core import from_json
 from werkzeug.datastructures import Headers
-from werkzeug.exceptions import ClientDisconnected, HTTPException
+from werkzeug.exceptions import ClientDisconnected, HTTPException, RequestEntityTooLarge
 from werkzeug.http import parse_options_header
 from werkzeug.sansio import multipart
 
@@ -27,6 +27,9 @@ from feature_extraction_server.core.task import InputField, MediaField, StringLi
 
 MAX_NESTING: Final = 100
 MAX_DIGITS: Final = 300
+#: JSON with more commas and brackets is refused before it is parsed: three bytes of it may become a list of 56. Base64
+#: has none of them, and a text hardly as many.
+MAX_JSON_VALUES: Final = 1_000_000
 #: Different fields of a form; how often one may be repeated is MAX_ITEMS.
 MAX_FIELDS: Final = 100
 #: Kinds of files that may be a body by themselves.
@@ -307,7 +310,8 @@ def _split(body: bytes, boundary: str) -> Iterator[tuple[Headers, bytes]]:
     """Give the headers and the data of each part of a multipart body."""
     if not boundary or not boundary.isascii():
         raise _not_a_form("the header Content-Type names no boundary")
-    decoder = multipart.MultipartDecoder(boundary.encode())
+    # What is no part's data stays in the decoder, and takes thirty times its size as headers.
+    decoder = multipart.MultipartDecoder(boundary.encode(), max_form_memory_size=2 * _CHUNK_BYTES)
     headers, chunks = Headers(), list[bytes]()
     try:
         for event in _events(decoder, body):
@@ -319,6 +323,8 @@ def _split(body: bytes, boundary: str) -> Iterator[tuple[Headers, bytes]]:
                     yield headers, b"".join(chunks)
     except ValueError:
         raise _not_a_form("a part is malformed, or the last boundary is missing") from None
+    except RequestEntityTooLarge:
+        raise _not_a_form("a part's headers, or what is before and after all parts, are too large") from None
 
 
 def _not_a_form(reason: str) -> InvalidInput:
@@ -358,6 +364,11 @@ def _parse_json(data: bytes, what: str, field: str | None = None) -> Any:
     def invalid(reason: str) -> InvalidInput:
         return InvalidInput(f"{what} is {reason}", field=field)
 
+    if len(data) > MAX_JSON_VALUES and sum(map(data.count, (b",", b"[", b"{"))) > MAX_JSON_VALUES:
+        raise TooLarge(
+            f"{what} has more than {MAX_JSON_VALUES} commas and opening brackets, the most that JSON may have here",
+            field=field,
+        )
     with suppress(ValueError, RecursionError):
         value = from_json(data, allow_inf_nan=False)
         if all(map(_is_usual, _elements(value))):
