@@ -15,8 +15,9 @@ import trustme
 
 from feature_extraction_server.core import url_fetch
 from feature_extraction_server.core.errors import DeadlineExceeded, InvalidInput, ServerError, TooLarge
+from feature_extraction_server.core.turns import Turns
 from feature_extraction_server.core.url_fetch import UrlFetcher, is_public, is_url
-from tests.waiting import TIMEOUT_S
+from tests.waiting import TIMEOUT_S, wait_until
 
 EVERY = frozenset({"*"})
 Answer = Callable[[BaseHTTPRequestHandler], None]
@@ -584,6 +585,26 @@ def test_server_that_drips_is_given_up_in_time(site: Callable[..., Site], begin:
 
     assert (caught.value.status, caught.value.field) == (504, "image")
     assert ended.wait(TIMEOUT_S)
+
+
+def test_who_waits_for_a_file_keeps_no_other_request_from_its_turn(site: Callable[..., Site]) -> None:
+    begun, may_answer = threading.Event(), threading.Event()
+    fetched: list[bytes] = []
+
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        may_answer.wait(TIMEOUT_S)
+        sends(b"a file")(request)
+
+    server = site({"/a": answer})
+    turns = Turns(1, 2)
+
+    turns.submit(lambda: fetched.append(fetch(f"{server.url}/a", timeout_s=10)))
+    turns.submit(begun.set)
+
+    assert begun.wait(5)
+    may_answer.set()
+    wait_until(lambda: fetched == [b"a file"])
+    turns.shutdown()
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])

@@ -20,6 +20,7 @@ from werkzeug.test import TestResponse
 from feature_extraction_server.core.engine import Engine
 from feature_extraction_server.core.settings import SettingsManager
 from feature_extraction_server.core.setup import build_engine
+from feature_extraction_server.core.turns import Turns
 from feature_extraction_server.flask.app import create_app
 from tests.conftest import encode_image
 from tests.http.conftest import MakeClient, json_of
@@ -482,6 +483,22 @@ def test_waiting_ends_when_the_job_does(client_with: MakeClient, gated: Any, poo
     gated.passes.release()
 
     assert [json_of(answer.result(TIMEOUT_S))["state"] for answer in waiting] == ["succeeded"] * 3
+
+
+def test_who_waits_for_a_job_keeps_no_other_request_from_its_turn(client_with: MakeClient, gated: Any) -> None:
+    client = client_with()
+    location = submit(client, GATED, 1)
+    turns = Turns(1, 2)
+    begun, ended = threading.Event(), threading.Event()
+
+    turns.submit(lambda: ended.set() if client.get(location + WAIT).status_code == 200 else None)
+    turns.submit(begun.set)
+
+    assert begun.wait(TIMEOUT_S)
+    assert not ended.is_set()
+    gated.passes.release()
+    assert ended.wait(TIMEOUT_S)
+    turns.shutdown()
 
 
 def test_waiting_ends_when_the_time_is_up(client_with: MakeClient, gated: Any) -> None:

@@ -40,6 +40,7 @@ from feature_extraction_server.core.provenance import meta_of
 from feature_extraction_server.core.settings import Setting, SettingsManager
 from feature_extraction_server.core.to_json import to_json
 from feature_extraction_server.core.tracking import Origin, RequestRecord, current
+from feature_extraction_server.core.turns import waiting
 
 if TYPE_CHECKING:
     from feature_extraction_server.core.application import ApplicationInterface
@@ -189,7 +190,8 @@ class JobRunner:
                 remaining = give_up_at - time.monotonic()
                 if job.has_ended or remaining <= 0:
                     return job
-                ended.wait(remaining)
+                with waiting():
+                    ended.wait(remaining)
                 ended.clear()
 
     def latest(self, limit: int, state: JobState | None = None) -> list[StoredJob]:

@@ -23,6 +23,7 @@ from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_netw
 from typing import Any, Final, TypeGuard
 
 from feature_extraction_server.core.errors import DeadlineExceeded, InvalidInput, TooLarge
+from feature_extraction_server.core.turns import waiting
 
 MAX_REDIRECTS: Final = 5
 MAX_AT_ONCE: Final = 8
@@ -78,6 +79,7 @@ class UrlFetcher:
     timeout_s: float = 30.0
     may_connect: Callable[[str], bool] = is_public
 
+    @waiting()
     def fetch_all(self, urls: Mapping[str, str]) -> dict[str, bytes]:
         """Return the files that URLs lead to, both by the fields of the request that they stand in.
 
