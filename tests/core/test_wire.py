@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import io
+import os
 import pickle
 import socket
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +22,7 @@ import pytest
 from PIL import Image
 
 from feature_extraction_server.core import pixels, wire
+from feature_extraction_server.core.errors import ModelError
 from feature_extraction_server.core.media import Audio
 from feature_extraction_server.core.wire import Channel
 
@@ -142,6 +146,21 @@ def test_memory_that_the_other_end_may_still_have_when_it_goes_is_not_used_again
     assert (kept_before, len(pixels._kept)) == (1, 0)
 
 
+def test_memory_that_is_used_once_is_kept_by_neither_end(
+    ends: tuple[Channel, Channel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pixels, "_kept", [])
+    monkeypatch.setattr(pixels, "MAX_KEPT_BYTES", 0)
+    before = len(os.listdir("/proc/self/fd"))
+
+    received = cross(ends, Image.new("RGB", (9, 9), "red"))
+    pixel = received.getpixel((8, 8))
+    del received
+
+    assert pixel == (255, 0, 0)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 @pytest.mark.parametrize("message", [b"x" * 10_000_000, [b"x" * 10_000_000, Image.new("RGB", (9, 9))]])
 def test_sending_ends_when_the_time_is_up(ends: tuple[Channel, Channel], message: Any) -> None:
     with pytest.raises(TimeoutError):
@@ -153,6 +172,36 @@ def test_what_cannot_be_pickled_is_told_before_anything_is_sent(ends: tuple[Chan
         ends[0].send(threading.Lock())
 
     assert cross(ends, "still in step") == "still in step"
+
+
+def deep(n_levels: int) -> list[Any]:
+    found: list[Any] = []
+    for _ in range(n_levels):
+        found = [found]
+    return found
+
+
+@pytest.mark.parametrize(
+    "result",
+    [threading.Lock(), ctypes.pointer(ctypes.c_int(1)), deep(100_000)],
+    ids=["TypeError", "ValueError", "RecursionError"],
+)
+def test_a_result_that_cannot_be_pickled_is_an_error_for_who_waits(ends: tuple[Channel, Channel], result: Any) -> None:
+    wire.send_answer(ends[0].send, (True, result, None))
+
+    succeeded, error, rest = ends[1].receive()
+
+    assert (succeeded, type(error), rest) == (False, ModelError, None)
+    assert "cannot leave its process" in error.message
+
+
+def test_connecting_ends_when_the_time_is_up(tmp_path: Path) -> None:
+    path = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(0)
+        with closing(wire.connect(path, WAIT_S, timeout_s=WAIT_S)), pytest.raises(BlockingIOError):
+            wire.connect(path, WAIT_S, timeout_s=0.05)
 
 
 def test_waiting_ends_when_the_other_end_goes_or_the_time_is_up(ends: tuple[Channel, Channel]) -> None:

@@ -9,6 +9,7 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import psutil
@@ -197,6 +198,30 @@ def test_a_frozen_engine_is_a_504_not_a_hang(gunicorn: Gunicorn, size: tuple[int
 
     assert answer.status_code == 504
     assert server.post(CAPTION, body).status_code == 200
+
+
+def test_a_frozen_engine_that_has_no_room_for_another_connection_is_a_504(
+    gunicorn: Gunicorn, pool: ThreadPoolExecutor
+) -> None:
+    server = gunicorn(*THREADS, REQUEST_TIMEOUT="1")
+    body = {"image": encode_image(Image.new("RGB", (4, 3)))}
+    server.post(CAPTION, body)
+    engine = engine_of(server)
+    address = str(Path(engine.cmdline()[-2]) / "engine")
+
+    engine.suspend()
+    with ExitStack() as waiting:
+        waiting.callback(engine.resume)
+        with suppress(BlockingIOError):
+            while True:
+                client = waiting.enter_context(socket.socket(socket.AF_UNIX))
+                client.setblocking(False)
+                client.connect(address)
+        answers = list(pool.map(lambda _: server.post(CAPTION, body, timeout=WAIT_S), range(3)))
+
+    assert [answer.status_code for answer in answers] == [504] * 3
+    assert server.post(CAPTION, body).status_code == 200
+    assert server.engines() == {engine}
 
 
 @pytest.mark.parametrize("preload", [("--preload",), ()], ids=["preload", "no preload"])

@@ -28,6 +28,7 @@ from tests.conftest import (
     free_port,
     gunicorn_command,
     server_environment,
+    starting,
     worker_configuration,
 )
 from tests.http.bad_requests import CAPTION, PNG
@@ -314,6 +315,25 @@ def test_killed_worker_is_replaced_and_no_client_sees_html(gunicorn: StartServer
 
 
 # Logs
+
+
+def test_a_gunicorn_that_upgrades_itself_may_use_all_cores(tmp_path: Path) -> None:
+    program = str(Path(sys.executable).with_name("gunicorn"))  # "python -m gunicorn" cannot upgrade itself
+
+    def command(port: int, *arguments: str) -> list[str]:
+        return [program, *gunicorn_command(port, *arguments)[3:]]
+
+    with starting(tmp_path, command) as start:
+        server = start("--preload")
+        master = psutil.Process(server.process.pid)
+
+        master.send_signal(signal.SIGUSR2)
+
+        wait_until(lambda: any(child.children() for child in master.children()), "the new one's worker")
+        (upgraded,) = (child for child in master.children() if child.children())
+        assert upgraded.cpu_affinity() == master.cpu_affinity()
+        upgraded.terminate()
+        upgraded.wait(60)
 
 
 def test_lines_of_several_processes_do_not_mix(gunicorn: StartServer, tmp_path: Path) -> None:

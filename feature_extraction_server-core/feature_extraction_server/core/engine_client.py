@@ -22,7 +22,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any, Final
 
 from feature_extraction_server.core import patience, subprocesses
@@ -134,13 +136,13 @@ class EngineClient(ApplicationInterface):
         if os.getpid() != self.owner_pid:
             self._start_watcher()
             return
-        self._idle.append(self._start_or_connect())
+        self._idle.append(self._start_or_connect(START_TIMEOUT_S))
         # No thread here: the owner may be a master that forks its workers, where the thread would not exist.
-        os.register_at_fork(after_in_child=self._start_watcher)
+        self.in_each_worker(self._start_watcher)
 
     def in_each_worker(self, begin: Callable[[], None]) -> None:
         if os.getpid() == self.owner_pid:  # a master, perhaps, that forks its workers
-            os.register_at_fork(after_in_child=begin)
+            os.register_at_fork(after_in_child=partial(_begin_in_worker, begin))
         else:
             begin()
 
@@ -152,7 +154,7 @@ class EngineClient(ApplicationInterface):
         """End the engine, if it runs, and wait until it is gone. Only the owner's close does anything."""
         if os.getpid() != self.owner_pid:
             return
-        with suppress(OSError, EOFError), closing(self._connect()) as connection:
+        with suppress(OSError, EOFError), closing(self._connect(END_TIMEOUT_S)) as connection:
             connection.send((None, "shutdown"))
             connection.wait_for_news(START_TIMEOUT_S)  # ends with the engine
         if self._process is not None:
@@ -220,7 +222,8 @@ class EngineClient(ApplicationInterface):
             try:
                 connection, is_new = self._idle.pop(), False
             except IndexError:
-                connection, is_new = self._start_or_connect(), True
+                seconds_left = max(DEADLINE_MARGIN_S, give_up_at - time.monotonic())
+                connection, is_new = self._start_or_connect(seconds_left), True
             try:
                 connection.send(request, max(DEADLINE_MARGIN_S, give_up_at - time.monotonic()))
                 return connection
@@ -252,12 +255,31 @@ class EngineClient(ApplicationInterface):
                 if not is_wanted():  # the connection is closed then, by which the engine learns of it
                     raise ClientDisconnected("the client has gone") from None
 
-    def _connect(self, timeout_s: float | None = None) -> Channel:
+    def _connect(self, timeout_s: float) -> Channel:
         return connect(str(self._directory / "engine"), self._check_interval_s, timeout_s)
 
-    def _start_or_connect(self) -> Channel:
-        with suppress(OSError):
-            return self._connect()
+    def _connect_in_time(self, timeout_s: float) -> Channel | None:
+        """Return a connection to the engine; None where it does not run.
+
+        Raises:
+            TimeoutError: it lets nobody in, since it is frozen, say, and others wait already.
+        """
+        try:
+            return self._connect(timeout_s)
+        except BlockingIOError:
+            raise TimeoutError from None
+        except OSError:
+            return None
+
+    def _start_or_connect(self, timeout_s: float) -> Channel:
+        """Return a connection to the engine, which is started where it does not run.
+
+        Raises:
+            TimeoutError: as ``_connect_in_time`` does.
+            OSError, ModelUnavailable: it cannot be started.
+        """
+        if (connection := self._connect_in_time(timeout_s)) is not None:
+            return connection
         if not is_alive(self.owner_pid, self._owner_born):
             # Without its master, gunicorn's worker goes on as long as clients keep it busy: ask it to end.
             os.kill(os.getpid(), signal.SIGTERM)
@@ -265,8 +287,8 @@ class EngineClient(ApplicationInterface):
         private_directory(self.owner_pid)  # once more: a clean-up of temporary files may have taken it
         with (self._directory / "lock").open("w") as lock_file:
             fcntl.flock(lock_file, fcntl.LOCK_EX)
-            with suppress(OSError):
-                return self._connect()  # another worker was faster
+            if (connection := self._connect_in_time(timeout_s)) is not None:
+                return connection  # another worker was faster
             return self._start_engine()
 
     def _start_engine(self) -> Channel:
@@ -278,7 +300,7 @@ class EngineClient(ApplicationInterface):
         give_up_at = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < give_up_at and self._process.poll() is None:
             with suppress(OSError):
-                return self._connect()
+                return self._connect(START_TIMEOUT_S)
             time.sleep(0.005)
         raise ModelUnavailable("the engine process, which runs the models, did not start; the log says why")
 
@@ -291,7 +313,7 @@ class EngineClient(ApplicationInterface):
         while True:
             born = time.monotonic()
             try:
-                connection = self._start_or_connect()
+                connection = self._start_or_connect(START_TIMEOUT_S)
                 while not connection.wait_for_news(MAX_RESTART_DELAY_S):
                     pass  # nothing was asked: the only news can be the engine's end
                 connection.close()
@@ -306,6 +328,20 @@ class EngineClient(ApplicationInterface):
     def _forget_connections(self) -> None:
         self._idle = []
         self._process = None
+
+
+def _begin_in_worker(begin: Callable[[], None]) -> None:
+    """Begin something in a process that was just forked, if it is to be a worker.
+
+    On SIGUSR2 gunicorn forks a process that becomes another gunicorn: what is begun there would be cut off, and cores
+    that it is kept to would be all that the other one has.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "reexec" and frame.f_globals.get("__name__") == "gunicorn.arbiter":
+            return
+        frame = frame.f_back
+    begin()
 
 
 def private_directory(owner_pid: int) -> Path:

@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, TypeVar
+from weakref import ref
 
 from PIL import Image
 
@@ -54,7 +55,8 @@ class Channel:
         self._unread = b""  # what came together with the message before
         self._memory: mmap.mmap | None = None  # where the pictures of the message are that is being read
         self._kept_memory: mmap.mmap | None = None  # stays mapped for the next message
-        self._region: pixels.Region | None = None  # where the pictures are that were sent last
+        # Where the pictures are that were sent last. What is used only once must not stay as long as an idle channel.
+        self._region: ref[pixels.Region] | None = None
         set_timeout(connected, socket.SO_SNDTIMEO, _SEND_CHECK_INTERVAL_S)
         self._patience_s = math.inf
 
@@ -69,7 +71,7 @@ class Channel:
         """Send an object.
 
         Raises:
-            PicklingError, TypeError, AttributeError: it cannot be pickled; nothing was sent.
+            PicklingError, TypeError and whatever else: it cannot be pickled; nothing was sent.
             TimeoutError: the other end did not take it in time; the channel can only be closed then.
             OSError: the other end has gone.
         """
@@ -83,7 +85,7 @@ class Channel:
             None, or what sends a larger one and may wait for the other end. It raises OSError.
 
         Raises:
-            PicklingError, TypeError, AttributeError, OSError: as ``send`` does.
+            PicklingError, OSError and so on: as ``send`` does.
         """
         parts, pictures = _pickle(message)
         if pictures or sum(part.nbytes for part in parts) > _SMALL:
@@ -160,8 +162,9 @@ class Channel:
         return bool(self._unread or self._poll.poll(1000 * timeout_s))
 
     def close(self) -> None:
-        if self._region is not None and self._region.is_handed_over:
-            pixels.forget(self._region)
+        region = None if self._region is None else self._region()
+        if region is not None and region.is_handed_over:
+            pixels.forget(region)
         self._socket.close()
 
     def _receive_some(self) -> bytes:
@@ -199,10 +202,11 @@ class Channel:
             self._send_parts(parts, give_up_at)
 
     def _send_with_pictures(self, parts: list[memoryview], pictures: list[Image.Image], give_up_at: float) -> None:
-        self._region, in_use = pixels.share(pictures)
-        self._region.hand_over()
+        region, in_use = pixels.share(pictures)
+        region.hand_over()
         del in_use
-        descriptor = _DESCRIPTOR.pack(self._region.file_descriptor)
+        self._region = ref(region)
+        descriptor = _DESCRIPTOR.pack(region.file_descriptor)
         self._send_parts(parts, give_up_at, [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptor)])
 
     def _send_parts(
@@ -235,14 +239,18 @@ def set_timeout(connected: socket.socket, option: int, seconds: float) -> None:
 def connect(path: str, patience_s: float, timeout_s: float | None = None) -> Channel:
     """Connect to a listening Unix socket.
 
+    Args:
+        patience_s: see ``Channel.set_patience``.
+        timeout_s: how long to wait where more wait to be let in than the listener has room for; None: for ever.
+
     Raises:
-        OSError: nobody listens there; BlockingIOError where, with ``timeout_s``, too many wait to be let in.
+        OSError: nobody listens there; BlockingIOError where it was not let in in time.
     """
     client = socket.socket(socket.AF_UNIX)
-    client.settimeout(timeout_s)
+    if timeout_s is not None:
+        set_timeout(client, socket.SO_SNDTIMEO, timeout_s)  # which Python's own timeouts would not wait for
     try:
         client.connect(path)
-        client.settimeout(None)
     except BaseException:
         client.close()
         raise
@@ -265,8 +273,11 @@ def send_answer(send: Callable[[Any], _Sent], answer: tuple[Any, ...]) -> _Sent:
     succeeded, result, *rest = answer
     try:
         return send((succeeded, without_torch(result), *rest))
-    except (pickle.PicklingError, TypeError, AttributeError) as error:  # before a byte of it was sent
-        return send((False, ModelError(f"the model's result cannot leave its process: {error}"), *rest))
+    except OSError:
+        raise
+    except Exception as error:  # in turning or pickling it, before a byte of it was sent
+        reason = f"{type(error).__name__}: {error}"
+        return send((False, ModelError(f"the model's result cannot leave its process: {reason}"), *rest))
 
 
 def without_torch(result: Any) -> Any:
