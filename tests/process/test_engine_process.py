@@ -16,7 +16,10 @@ import psutil
 import pytest
 from PIL import Image
 
-from feature_extraction_server.core.engine_client import private_directory
+from feature_extraction_server.core.engine_client import EngineClient, private_directory
+from feature_extraction_server.core.errors import ModelUnavailable
+from feature_extraction_server.core.settings import SettingsManager
+from feature_extraction_server.core.setup import set_up
 from tests.conftest import Server, encode_image, server_environment
 from tests.waiting import wait_until
 
@@ -305,6 +308,19 @@ def test_a_directory_that_others_can_enter_is_refused(near: Path, mode: int) -> 
 
     with pytest.raises(PermissionError, match="only this user"):
         private_directory(os.getpid())
+
+
+def test_a_worker_that_runs_as_another_user_than_the_master_says_so(
+    near: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = SettingsManager({"LOG_PATH": str(near / "log.txt")}, near / ".env")
+    registry, server_settings, _ = set_up(settings)
+    client = EngineClient(registry, server_settings, owner_pid=os.getpid())
+    user = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: user + 1)
+
+    with pytest.raises(ModelUnavailable, match=r"another user .* in place of its option --user"):
+        client.start("fake_echo")
 
 
 def test_the_directory_of_a_dead_server_is_cleared_away(near: Path) -> None:

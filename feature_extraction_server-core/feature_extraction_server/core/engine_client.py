@@ -284,12 +284,21 @@ class EngineClient(ApplicationInterface):
             # Without its master, gunicorn's worker goes on as long as clients keep it busy: ask it to end.
             os.kill(os.getpid(), signal.SIGTERM)
             raise ModelUnavailable("the server is ending, since its main process has gone")
+        self._require_same_user()
         private_directory(self.owner_pid)  # once more: a clean-up of temporary files may have taken it
         with (self._directory / "lock").open("w") as lock_file:
             fcntl.flock(lock_file, fcntl.LOCK_EX)
             if (connection := self._connect_in_time(timeout_s)) is not None:
                 return connection  # another worker was faster
             return self._start_engine()
+
+    def _require_same_user(self) -> None:
+        with suppress(FileNotFoundError):
+            if self._directory.stat().st_uid != os.getuid():
+                raise ModelUnavailable(
+                    "this web worker runs as another user than the server's main process, and cannot use what that one "
+                    "has made: start gunicorn as that user, in place of its option --user, or without --preload"
+                )
 
     def _start_engine(self) -> Channel:
         command = [sys.executable, "-P", "-m", ENGINE_MODULE, str(self._directory), str(self.owner_pid)]
