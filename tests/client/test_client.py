@@ -35,9 +35,9 @@ RED = "40x30 (255, 0, 0)"
 OK: Answer = (200, {}, '["fine"]')
 
 
-def busy(status: int = 429, retry_after: str | None = "0") -> Answer:
+def busy(status: int = 429, retry_after: str | None = "0", code: str = "queue_full") -> Answer:
     headers = {} if retry_after is None else {"Retry-After": retry_after}
-    return status, headers, '{"error": "too many wait", "code": "queue_full"}'
+    return status, headers, f'{{"error": "too many wait", "code": "{code}"}}'
 
 
 def red(mode: str = "RGB") -> Image.Image:
@@ -342,9 +342,13 @@ def test_connection_that_breaks_again_is_an_error(scripted: Scripted) -> None:
 # Retries
 
 
-@pytest.mark.parametrize("status", [429, 503])
-def test_busy_server_is_asked_again_when_it_says_so(scripted: Scripted, status: int) -> None:
-    server = scripted(busy(status), busy(status), OK)
+@pytest.mark.parametrize(
+    "answer",
+    [busy(), busy(503, code="model_unavailable"), (503, {"Retry-After": "0"}, "<h1>Service Unavailable</h1>")],
+    ids=["429", "503", "page of a proxy"],
+)
+def test_busy_server_is_asked_again_when_it_says_so(scripted: Scripted, answer: Answer) -> None:
+    server = scripted(answer, answer, OK)
 
     with Client(server.url) as client:
         assert client.run("image_captioning", image=png()) == ["fine"]
@@ -376,8 +380,8 @@ def test_retries_are_bounded(scripted: Scripted) -> None:
 
 @pytest.mark.parametrize(
     "answer",
-    [busy(503, None), busy(500), busy(400)],
-    ids=["503 without Retry-After", "500", "400"],
+    [busy(503, None), busy(503, code="model_load_failed"), busy(500), busy(400)],
+    ids=["503 without Retry-After", "model that cannot be loaded", "500", "400"],
 )
 def test_other_errors_are_not_tried_again(scripted: Scripted, answer: Answer) -> None:
     server = scripted(answer)
@@ -420,6 +424,17 @@ def test_input_that_fails_does_not_stop_the_others(client: Client, tmp_path: Pat
     assert (first.result, last.result) == ([RED], [RED])
     assert isinstance(bad.error, FesError)
     assert isinstance(missing.error, FileNotFoundError)
+
+
+@pytest.mark.parametrize("bad", [{"text": "\udcff"}, {"text": "a", "\udcff": "b"}], ids=["value", "key"])
+def test_input_with_what_is_no_text_does_not_stop_the_others(client: Client, bad: dict[str, Any]) -> None:
+    inputs = [{"image": png()} | one for one in ({"text": "a"}, bad, {"text": "b"})]
+
+    first, refused, last = client.run_many("conditional_image_captioning", inputs, "fake_echo")
+
+    assert (first.result, last.result) == (["40x30"], ["40x30"])
+    assert isinstance(refused.error, ServerError)
+    assert refused.error.status == 400
 
 
 def test_as_many_requests_run_as_are_allowed_and_no_more(scripted: Scripted) -> None:

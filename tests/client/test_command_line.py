@@ -103,6 +103,18 @@ def test_file_that_fails_is_a_line_among_the_others(fes: Fes, pictures: Path) ->
 
 
 @pytest.mark.usefixtures("url")
+def test_text_that_is_none_is_the_error_of_its_file_alone(fes: Fes, pictures: Path) -> None:
+    files = [pictures / "a.png", pictures / "b.png"]
+
+    done = fes("run", "conditional_image_captioning", "--image", *files, "--text", "\udcff", "--text", "see:", *ECHO)
+
+    bad, good = lines(done)
+    assert done.status == 1
+    assert (bad["code"], bad["field"]) == ("invalid_input", "text")
+    assert good["result"] == ["20x8"]
+
+
+@pytest.mark.usefixtures("url")
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -381,14 +393,14 @@ def test_task_that_the_server_does_not_describe_takes_pairs(fes: Fes, scripted: 
 @pytest.mark.usefixtures("url")
 @pytest.mark.parametrize(
     ("model", "told"),
-    [("nothing", "there is no model 'nothing'"), ("fake_broken", "no weights here")],
-    ids=["unknown model", "model that cannot be loaded"],
+    [
+        ("nothing", "there is no model 'nothing'"),
+        ("\udcff", "there is no model '?'"),
+        ("fake_broken", "no weights here"),
+    ],
+    ids=["unknown model", "name that is no text", "model that cannot be loaded"],
 )
-def test_error_that_every_file_would_meet_ends_the_command(
-    fes: Fes, pictures: Path, monkeypatch: pytest.MonkeyPatch, model: str, told: str
-) -> None:
-    monkeypatch.setattr("urllib3.Retry.sleep", lambda self, response=None: None)  # it would wait for Retry-After
-
+def test_error_that_every_file_would_meet_ends_the_command(fes: Fes, pictures: Path, model: str, told: str) -> None:
     done = fes("caption", pictures, "--model", model)
 
     assert done.status == 1

@@ -16,6 +16,7 @@ from urllib3.exceptions import (
     ConnectTimeoutError,
     HTTPError,
     LocationParseError,
+    MaxRetryError,
     NameResolutionError,
     NewConnectionError,
     ReadTimeoutError,
@@ -48,6 +49,22 @@ class Outcome:
     meta: dict[str, Any] | None = None
 
 
+class _Retry(urllib3.Retry):
+    """When to send again: as the server says, but not where a model cannot be loaded, which each request would try."""
+
+    def increment(
+        self,
+        method: str | None = None,
+        url: str | None = None,
+        response: urllib3.BaseHTTPResponse | None = None,
+        *others: Any,
+        **named: Any,
+    ) -> Self:
+        if response is not None and _code_of(response) == "model_load_failed":
+            raise MaxRetryError(named["_pool"], url)  # urllib3 then returns the answer
+        return super().increment(method, url, response, *others, **named)
+
+
 class Client(Features):
     """A feature extraction server. One client may be used from many threads.
 
@@ -56,7 +73,7 @@ class Client(Features):
         api_key: sent with every request as a bearer token.
         timeout: seconds to wait for an answer.
         retries: how often a request is sent again where the server says when to come back (429 and 503 with
-            Retry-After; at most 30 seconds are waited each time).
+            Retry-After; at most 30 seconds are waited each time). A model that cannot be loaded is asked for once.
 
     Raises:
         ValueError: the URL is none.
@@ -84,7 +101,7 @@ class Client(Features):
             maxsize=DEFAULT_CONCURRENCY,
             blocksize=_BLOCK_BYTES,
             timeout=urllib3.Timeout(connect=min(CONNECT_TIMEOUT_S, timeout), read=timeout),
-            retries=urllib3.Retry(
+            retries=_Retry(
                 total=retries,
                 connect=False,
                 read=False,
@@ -224,6 +241,8 @@ class Client(Features):
         if self._takes_forms and has_files(files):
             try:
                 return self._request("POST", *route, query=query, body=form_body(files))
+            except UnicodeEncodeError:
+                pass  # bytes of a command line that are no text: JSON can spell them, and the server says what is wrong
             except ServerError as error:
                 if error.status != 415:
                     raise
@@ -234,7 +253,7 @@ class Client(Features):
         return self._request("GET", *route)
 
     def _request(self, method: str, *route: str, query: str = "", body: tuple[bytes, str] | None = None) -> Any:
-        url = "/".join([self.url, "api", *(quote(part, safe="") for part in route)]) + query
+        url = "/".join([self.url, "api", *(quote(part, safe="", errors="replace") for part in route)]) + query
         content, content_type = body or (b"", "")
         headers = self._headers | {"Content-Length": str(len(content)), "Content-Type": content_type}
         response = self._send(method, url, content, headers if body else self._headers)
@@ -260,6 +279,14 @@ class Client(Features):
                 if last_try:
                     raise ConnectionFailed(f"the connection to {self.url} broke: {_reason(error)}") from None
         raise AssertionError("unreachable")
+
+
+def _code_of(response: urllib3.BaseHTTPResponse) -> Any:
+    try:
+        answer = response.json()
+    except ValueError:
+        return None
+    return answer.get("code") if isinstance(answer, dict) else None
 
 
 def _error_of(response: urllib3.BaseHTTPResponse, answer: Any) -> ServerError:
