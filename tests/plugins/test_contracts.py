@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -137,6 +138,14 @@ def test_model_s_functions_take_their_task_s_fields(folder: Path) -> None:
 @parametrize_folders("models")
 def test_every_task_of_a_model_has_its_config_declared(folder: Path) -> None:
     assert import_plugin(folder).config_types.keys() == functions(folder).keys()
+
+
+@parametrize_folders("models")
+def test_model_that_answers_in_pixels_of_the_image_is_given_none_made_smaller(folder: Path) -> None:
+    in_pixels = {task for task, spec in tasks().items() if re.search(r'"box(es)?":', json.dumps(spec.output_schema()))}
+
+    assert in_pixels >= {"object_detection", "optical_character_recognition", "face_embedding"}
+    assert in_pixels.isdisjoint(getattr(import_plugin(folder), "image_sizes", {}))
 
 
 @parametrize_folders("apis", "tasks")

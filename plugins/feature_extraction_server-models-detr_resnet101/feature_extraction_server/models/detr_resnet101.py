@@ -25,7 +25,6 @@ class DetrConfig(DetectionConfig):
 
 
 config_types = {"object_detection": DetrConfig}
-image_sizes = {"object_detection": 800}
 
 checkpoint: Checkpoint
 model: Any

@@ -26,7 +26,6 @@ class DinoConfig(DetectionConfig):
 
 
 config_types = {"object_detection": with_classes(DinoConfig), "zero_shot_object_detection": DinoConfig}
-image_sizes = {"object_detection": 800, "zero_shot_object_detection": 800}
 
 checkpoint: Checkpoint
 model: Any
