@@ -262,6 +262,40 @@ def serve_program(build: Callable[..., Engine], tmp_path: Path, monkeypatch: pyt
     return serve
 
 
+#: What the program prints of a Chinese line and of an English one below it, as a table and as a text.
+TABLE = "\n".join(
+    "\t".join(row.split())
+    for row in """level page_num block_num par_num line_num word_num left top width height conf text
+5 1 1 1 1 1 261 37 39 37 96.5 你
+5 1 1 1 1 2 303 41 21 33 96.8 好
+5 1 1 1 1 3 325 36 77 38 73.1 世界
+5 1 1 1 2 1 43 141 85 28 92.8 Hello
+5 1 1 1 2 2 141 141 90 28 91.6 world""".splitlines()
+)
+PLAIN = "你好世界\n\nHello    world\n\f"
+
+
+def test_tesseract_s_spaces_are_those_of_its_text_where_words_are_characters(serve_program: Callable[..., Ask]) -> None:
+    ask = serve_program(f"printf '%s' '{TABLE}\n{PLAIN}'")
+
+    chinese, english = ask(TASK, image=Image.new("RGB", (500, 200)), config={"detail": True})
+
+    assert (chinese["text"], english["text"]) == ("你好世界", "Hello world")
+    assert (chinese["box"], english["box"]) == ([261, 36, 402, 74], [43, 141, 231, 169])
+    assert chinese["confidence"] == pytest.approx((0.965 + 0.968 + 2 * 0.731) / 4)
+
+
+@pytest.mark.parametrize(
+    ("table", "read"), [(TABLE, "你 好 世界\nHello world"), (TABLE.splitlines()[0], "")], ids=["of less", "of nothing"]
+)
+def test_tesseract_s_text_of_another_look_at_the_page_is_not_taken_for_its_table_s(
+    serve_program: Callable[..., Ask], table: str, read: str
+) -> None:
+    ask = serve_program(f"printf '%s' '{table}\nsomething else\n\f'")
+
+    assert ask(TASK, image=Image.new("RGB", (500, 200))) == read
+
+
 def test_tesseract_that_is_not_installed_is_a_503_that_says_what_to_do(serve_program: Callable[..., Ask]) -> None:
     response = serve_program(None).response(TASK, image=PICTURE.image)
 

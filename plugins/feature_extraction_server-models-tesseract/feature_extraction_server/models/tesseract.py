@@ -108,18 +108,20 @@ def _read(picture: Image, arguments: tuple[str, ...]) -> list[Line]:
         picture = picture.resize([max(1, round(side * scale)) for side in picture.size])
     file = io.BytesIO()
     picture.save(file, "PPM")
-    table = csv.DictReader(
-        io.StringIO(_run("stdin", "stdout", *arguments, "tsv", stdin=file.getvalue())),
-        delimiter="\t",
-        quoting=csv.QUOTE_NONE,
-    )
+    # Of some languages, Chinese and Thai among them, the table's words are parts of words: only the text, which comes
+    # with the table in one output, tells where spaces are.
+    printed = _run("stdin", "stdout", *arguments, "tsv", "txt", stdin=file.getvalue()).split("\n")
+    table = csv.DictReader((row for row in printed if "\t" in row), delimiter="\t", quoting=csv.QUOTE_NONE)
+    texts = [" ".join(row.split()) for row in printed if "\t" not in row and row.strip()]
     words = [row for row in table if row["level"] == _WORD and row["text"].strip()]
-    by_line = groupby(words, lambda word: [word[key] for key in _LINE_KEYS])
-    return [_line(list(line), scale) for _, line in by_line]
+    by_line = [list(line) for _, line in groupby(words, lambda word: [word[key] for key in _LINE_KEYS])]
+    if len(texts) != len(by_line):  # for the text, the program looks again at a page in which it found nothing
+        texts = [" ".join(word["text"] for word in line) for line in by_line]
+    return [_line(text, line, scale) for text, line in zip(texts, by_line, strict=True)]
 
 
-def _line(words: list[dict[str, str]], scale: float) -> Line:
-    """Join a line's words; its confidence is the mean of theirs, by their lengths."""
+def _line(text: str, words: list[dict[str, str]], scale: float) -> Line:
+    """Put a line together; its confidence is the mean of its words', by their lengths."""
     boxes = [[int(word[key]) for key in ("left", "top", "width", "height")] for word in words]
     box = [
         min(left for left, _, _, _ in boxes),
@@ -130,7 +132,7 @@ def _line(words: list[dict[str, str]], scale: float) -> Line:
     weights = [len(word["text"]) for word in words]
     confidence = sum(float(word["conf"]) * weight for word, weight in zip(words, weights, strict=True)) / sum(weights)
     return Line(
-        text=" ".join(word["text"] for word in words),
+        text=text,
         box=[value / scale for value in box],
         confidence=min(1.0, max(0.0, confidence / 100)),
     )
