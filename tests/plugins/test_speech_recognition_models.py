@@ -80,3 +80,32 @@ def test_what_config_may_not_hold_is_named(
 
     assert response.status_code == 400
     assert response.json["field"] == field
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_beams_are_refused_where_chance_would_ignore_them(asks: Callable[[str], Ask], model: str) -> None:
+    config = {"num_beams": 2, "temperature": 0.5}
+
+    response = asks(model).response(TASK, audio=encode(noise(0)), config=config)
+
+    assert response.status_code == 400
+    assert "num_beams has no effect unless temperature is left out" in response.json["error"]
+
+
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [
+        ("whisper", {"num_beams": 1, "temperature": 0.5}),
+        ("faster_whisper", {"num_beams": 1, "temperature": 0.5}),
+        ("faster_whisper", {"num_beams": 2, "temperature": 0}),
+    ],
+    ids=str,
+)
+def test_one_beam_goes_with_chance_and_more_without(
+    asks: Callable[[str], Ask], model: str, config: dict[str, Any]
+) -> None:
+    limit = {"max_new_tokens": 4, "language": "en"}
+
+    response = asks(model).response(TASK, audio=encode(noise(0)), config=limit | config)
+
+    assert response.status_code == 200

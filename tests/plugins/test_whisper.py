@@ -149,6 +149,102 @@ def test_times_of_a_batch_are_those_of_its_recordings_alone(ask: Ask, timestamps
     assert answers == [ask(TASK, audio=recording, config=config) for recording in recordings]
 
 
+@pytest.fixture
+def writes(ask: Ask) -> Iterator[Callable[..., list[int]]]:
+    """``writes(*texts)`` has the model write the first text for each window of its first pass, and so on.
+
+    It gives the list into which the number of windows of each pass is written.
+    """
+    ask(TASK, audio=encode(noise(1)), config={"max_new_tokens": 1})  # loads the model
+    tokenizer, end = whisper.processor.tokenizer, [whisper.processor.tokenizer.eos_token_id]
+    hooks = []
+
+    def write(*texts: str) -> list[int]:
+        scripts = iter([tokenizer(text, add_special_tokens=False).input_ids for text in texts])
+        left: list[int] = []
+        n_windows: list[int] = []
+
+        def listen(_module: Any, _inputs: Any, output: Any) -> None:
+            n_windows.append(len(output.last_hidden_state))
+            left[:] = next(scripts) + end
+
+        def choose(_module: Any, _inputs: Any, logits: Any) -> None:
+            logits[..., left.pop(0)] = 1e4
+
+        hooks.append(whisper.model.get_encoder().register_forward_hook(listen))
+        hooks.append(whisper.model.proj_out.register_forward_hook(choose))
+        return n_windows
+
+    yield write
+    for hook in hooks:
+        hook.remove()
+
+
+TIMED = {"timestamps": "segments", "language": "en"}
+BEGINS_ANOTHER = "<|0.00|> snow<|1.00|><|1.00|>"
+
+
+def test_what_begins_where_a_recording_ends_is_not_asked_of_its_padding(
+    ask: Ask, writes: Callable[..., list[int]]
+) -> None:
+    n_windows = writes(BEGINS_ANOTHER, "<|0.00|> made up<|2.00|>")
+
+    answer = ask(TASK, audio=encode(noise(1, 1)), config=TIMED)
+
+    assert n_windows == [1]
+    assert answer["segments"] == [{"start": 0, "end": 1, "text": "snow"}]
+    assert answer["text"] == "snow"
+
+
+def test_what_is_said_to_begin_behind_the_end_is_made_up(ask: Ask, writes: Callable[..., list[int]]) -> None:
+    writes("<|0.00|> snow<|1.00|><|1.00|> made up<|2.00|>")
+
+    answer = ask(TASK, audio=encode(noise(1, 1)), config=TIMED)
+
+    assert answer["segments"] == [{"start": 0, "end": 1, "text": "snow"}]
+    assert answer["text"] == "snow"
+
+
+def test_the_first_words_of_a_recording_may_be_told_late(ask: Ask, writes: Callable[..., list[int]]) -> None:
+    writes("<|0.60|> snow<|1.00|><|1.00|> made up<|2.00|>")
+
+    answer = ask(TASK, audio=encode(noise(1, 0.5)), config=TIMED)
+
+    assert answer["segments"] == [{"start": 0.5, "end": 0.5, "text": "snow"}]
+
+
+def test_the_rest_of_a_window_is_decoded_if_the_model_stopped_before_its_end(
+    ask: Ask, writes: Callable[..., list[int]]
+) -> None:
+    n_windows = writes(BEGINS_ANOTHER, "<|0.20|> red<|1.10|><|1.40|> red<|2.10|>")
+
+    short, long = ask(TASK, audio=[encode(noise(1, 1)), encode(noise(2, 3))], config=TIMED)
+
+    assert n_windows == [2, 1]
+    assert short["text"] == "snow"
+    assert long["text"] == "snow red red"
+    times = [time for segment in long["segments"] for time in (segment["start"], segment["end"])]
+    assert times == pytest.approx([0, 1, 1.2, 2.1, 2.4, 3])
+
+
+@pytest.mark.parametrize("end", [np.zeros(RATE, np.float32), noise(2, 0.09)], ids=["silent", "short"])
+def test_a_rest_without_sound_is_not_decoded(ask: Ask, writes: Callable[..., list[int]], end: Any) -> None:
+    n_windows = writes(BEGINS_ANOTHER, "<|0.00|> made up<|1.00|>")
+
+    answer = ask(TASK, audio=encode(np.concatenate([noise(1, 1), end])), config=TIMED)
+
+    assert n_windows == [1]
+    assert answer["text"] == "snow"
+
+
+def test_a_segment_that_the_limit_cuts_short_is_decoded_again(ask: Ask, writes: Callable[..., list[int]]) -> None:
+    writes("<|0.00|> snow<|1.00|><|1.00|> red red red red", "<|0.00|> red<|1.00|>")
+
+    answer = ask(TASK, audio=encode(noise(1, 2)), config=TIMED | {"max_new_tokens": 9})
+
+    assert answer["text"] == "snow red"
+
+
 def test_times_of_words_leave_the_faster_attention_in_place(ask: Ask) -> None:
     ask(TASK, audio=encode(noise(1)), config=LIMIT)
     attention = whisper.model.config._attn_implementation
@@ -158,13 +254,27 @@ def test_times_of_words_leave_the_faster_attention_in_place(ask: Ask) -> None:
     assert whisper.model.config._attn_implementation == attention == "sdpa"
 
 
+@pytest.fixture
+def ask_without(build: Callable[..., Engine], tmp_path: Path) -> Callable[[str], Ask]:
+    """``ask_without(key)`` asks a checkpoint whose ``generation_config.json`` lacks that key."""
+
+    def start(key: str) -> Ask:
+        folder = Path(shutil.copytree(checkpoint("whisper"), tmp_path / "whisper"))
+        file = folder / "generation_config.json"
+        file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != key}))
+        return Ask(create_app(build(WHISPER_CHECKPOINT=str(folder), DEVICE="cpu")).test_client(), "whisper")
+
+    return start
+
+
+def test_a_checkpoint_that_names_no_timestamps_writes_texts_without_them(ask_without: Callable[[str], Ask]) -> None:
+    assert ask_without("no_timestamps_token_id")(TASK, audio=encode(noise(1)), config=LIMIT)
+
+
 def test_a_checkpoint_without_alignment_heads_tells_the_times_of_segments_only(
-    build: Callable[..., Engine], tmp_path: Path
+    ask_without: Callable[[str], Ask],
 ) -> None:
-    folder = Path(shutil.copytree(checkpoint("whisper"), tmp_path / "whisper"))
-    file = folder / "generation_config.json"
-    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "alignment_heads"}))
-    ask = Ask(create_app(build(WHISPER_CHECKPOINT=str(folder), DEVICE="cpu")).test_client(), "whisper")
+    ask = ask_without("alignment_heads")
     config = {"max_new_tokens": 4}
 
     response = ask.response(TASK, audio=encode(noise(1)), config=config | {"timestamps": "words"})

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from feature_extraction_server.core.config import Config
 from feature_extraction_server.core.errors import InvalidInput
@@ -37,9 +37,16 @@ class TranscriptionConfig(Config):
     task: Literal["transcribe", "translate"] = "transcribe"
     timestamps: Literal["segments", "words"] | None = None
     num_beams: int = Field(1, ge=1, le=16)
+    temperature: float | None = Field(None, ge=0, le=1)
     max_new_tokens: int | None = Field(None, ge=1, le=440)
     repetition_penalty: float | None = Field(None, ge=0.1, le=10)
     no_repeat_ngram_size: int | None = Field(None, ge=0, le=100)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> TranscriptionConfig:
+        if self.num_beams > 1 and self.temperature:  # both libraries would draw tokens without beams, and not say so
+            raise ValueError("num_beams has no effect unless temperature is left out")
+        return self
 
 
 def check_language(config: dict[str, Any], code: str | None, known: Collection[str]) -> None:

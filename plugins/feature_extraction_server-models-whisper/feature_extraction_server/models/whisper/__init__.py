@@ -1,7 +1,8 @@
 """Whisper: the words that are spoken in recordings of any length.
 
 A recording is cut into windows of at most 30 s, which is what the model hears at once, where it is quietest. Windows go
-through the model in batches of a fixed size, whichever recordings they belong to, so that memory stays bounded.
+through the model in batches of a fixed size, whichever recordings they belong to, so that memory stays bounded. Where
+the model does not get to a window's end, what is left is a window of its own.
 
 Weights: openai/whisper-base, Apache-2.0 (OpenAI's own release: MIT). Paper: https://arxiv.org/abs/2212.04356
 """
@@ -83,10 +84,14 @@ def automated_speech_recognition(audio: list[Audio], config: dict[str, Any]) -> 
         # window that begins or ends anywhere, or without them, as whole short recordings are usually decoded.
         for with_times in (False, True):
             alike = [window for window in audible if (window.is_part or "timestamps" in config) is with_times]
-            for start in range(0, len(alike), WINDOWS_A_CALL):
-                _transcribe(alike[start : start + WINDOWS_A_CALL], with_times, config)
+            while alike:
+                rests: list[Window] = []
+                for start in range(0, len(alike), WINDOWS_A_CALL):
+                    rests += _transcribe(alike[start : start + WINDOWS_A_CALL], with_times, config)
+                windows += rests
+                alike = [rest for rest in rests if speech.is_audible(rest.samples)]
     spoken: list[list[Window]] = [[] for _ in audio]
-    for window in windows:
+    for window in sorted(windows, key=lambda window: window.start):
         if any(map(str.isalnum, window.text)):
             spoken[window.recording].append(window)
     return [_answer(parts, config) for parts in spoken]
@@ -150,29 +155,64 @@ def _tell_languages(windows: list[Window], language: str | None) -> None:
         window.language = languages[window.recording]
 
 
-def _transcribe(windows: list[Window], with_times: bool, config: dict[str, Any]) -> None:
-    """Write what is said in windows into them."""
+def _transcribe(windows: list[Window], with_times: bool, config: dict[str, Any]) -> list[Window]:
+    """Write what is said in windows into them.
+
+    Returns:
+        What is left of them: a window in which the model began a segment that it did not end is cut there.
+    """
     arguments = {key: value for key, value in config.items() if key not in ("language", "task", "timestamps")}
     task = config.get("task", "transcribe")
     if _is_multilingual():
         arguments |= {"task": task, "language": [window.language for window in windows]}
-    timestamps = config.get("timestamps")
+    # In one pass: generate would look for more up to 30 s, whatever the mask says, and given padding, the model makes
+    # words up.
     output = model.generate(
-        **_features(windows), **arguments, return_timestamps=with_times, return_segments=timestamps is not None
+        **_features(windows),
+        **arguments,
+        return_timestamps=with_times,
+        return_segments=True,
+        force_unique_generate_call=True,
     )
-    tokens = (output if timestamps is None else output["sequences"]).long()
-    for window, text in zip(windows, processor.batch_decode(tokens, skip_special_tokens=True), strict=True):
-        window.text = text.strip()
-    if timestamps is None:
-        return
-    for window, row, segments in zip(windows, tokens.tolist(), output["segments"], strict=True):
+    timestamps = config.get("timestamps")
+    rests = []
+    for window, segments in zip(windows, output["segments"], strict=True):
+        told = [(float(one["start"]), float(one["end"]), one["tokens"].tolist()) for one in segments]
+        if (rest := _rest(window, told)) is not None:
+            rests.append(rest)
         seconds = len(window.samples) / speech.SAMPLING_RATE
-        told = ((one["start"], one["end"], processor.decode(one["tokens"])) for one in segments)
-        window.segments = speech.timed(told, window.start, seconds)
+        # What begins behind the window's end is made up. Yet the first words of a short recording may be told late.
+        told = [one for index, one in enumerate(told) if index == 0 or one[0] < seconds]
+        tokens = [token for _, _, part in told for token in part]
+        window.text = processor.decode(tokens, skip_special_tokens=True).strip()
+        if timestamps is None:
+            continue
+        texts = ((start, end, processor.decode(part)) for start, end, part in told)
+        window.segments = speech.timed(texts, window.start, seconds)
         if timestamps == "words":
             sound = _features([window])["input_features"]
-            words = spoken_words(model, processor.tokenizer, row, sound, len(window.samples), window.language, task)
+            words = spoken_words(model, processor.tokenizer, tokens, sound, len(window.samples), window.language, task)
             window.words = speech.timed(words, window.start, seconds)
+    return rests
+
+
+def _rest(window: Window, told: list[tuple[float, float, list[int]]]) -> Window | None:
+    """Cut a window where its last segment ends, if the model began another one there; return what is left.
+
+    Args:
+        window: which is made shorter.
+        told: of each segment that the model wrote, when it begins and ends in the window, in seconds, and its tokens.
+    """
+    _, end, tokens = told[-1]
+    # A checkpoint that does not name this token writes texts without timestamps only.
+    no_timestamps = getattr(model.generation_config, "no_timestamps_token_id", model.config.vocab_size)
+    begins_another = len(tokens) > 1 and min(tokens[-2:]) > no_timestamps
+    n_samples = round(end * speech.SAMPLING_RATE)
+    if not begins_another or not 0 < n_samples < len(window.samples):
+        return None
+    samples, window.samples = window.samples[n_samples:], window.samples[:n_samples]
+    start = window.start + n_samples / speech.SAMPLING_RATE
+    return Window(window.recording, start, samples, window.is_part, window.language)
 
 
 def _features(windows: list[Window]) -> dict[str, torch.Tensor]:
