@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import stat
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -166,6 +167,23 @@ def test_a_job_that_crashes_each_time_fails_in_the_end(store: JobStore) -> None:
     found = store.get(job.id)
     assert found is not None
     assert (found.state, found.error) == (JobState.FAILED, ERROR)
+
+
+def test_a_job_that_crashed_while_the_clock_was_wrong_need_not_wait_for_that_time(
+    make_store: MakeStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(ttl_s=1e9)
+    monkeypatch.setattr("feature_extraction_server.core.job_store.CRASH_DELAY_S", 0.5)
+    now = time.time()
+    add(store)
+    job = claimed(store)
+    monkeypatch.setattr(time, "time", lambda: now + 1e6)
+    store.crash(job, ERROR)
+    soon = store.claim([])
+    monkeypatch.setattr(time, "time", lambda: now)
+
+    assert soon is None
+    assert claimed(store).id == job.id
 
 
 def test_jobs_that_crashed_run_one_at_a_time_beside_others(store: JobStore) -> None:

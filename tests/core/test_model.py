@@ -313,6 +313,30 @@ def test_a_failed_load_fails_its_waiters_with_the_reason(
     assert "weights" not in vars(fake.module)
 
 
+def test_a_load_that_fails_for_a_passing_reason_is_no_fault_of_the_model_s(
+    make: Callable[..., Model], fake: Fake
+) -> None:
+    model = make(replace(SOON, load_retry_delay=60))
+    fake.load_error = ModelUnavailable("no cluster answers", retry_after=5)
+
+    for _ in range(2):  # the second one meets a model that has failed
+        with pytest.raises(ModelUnavailable, match="no cluster answers") as caught:
+            ask(model, 1)
+        assert type(caught.value) is ModelUnavailable
+        assert caught.value.retry_after == pytest.approx(60, abs=5)
+
+
+@pytest.mark.parametrize("error", [ModelUnavailable("its process died"), ModelLoadFailed("no weights", retry_after=5)])
+def test_a_load_that_fails_for_another_reason_is_a_fault_of_the_model_s(
+    make: Callable[..., Model], fake: Fake, error: ModelUnavailable
+) -> None:
+    model = make()
+    fake.load_error = error
+
+    with pytest.raises(ModelLoadFailed, match=error.message):
+        ask(model, 1)
+
+
 def test_a_failed_load_is_not_retried_by_requests_before_the_delay_but_by_a_start(
     make: Callable[..., Model], fake: Fake
 ) -> None:

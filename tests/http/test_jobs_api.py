@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from PIL import Image
 from werkzeug.test import TestResponse
 
 from feature_extraction_server.core.engine import Engine
+from feature_extraction_server.core.errors import ModelUnavailable
+from feature_extraction_server.core.job_store import JobStore
 from feature_extraction_server.core.settings import SettingsManager
 from feature_extraction_server.core.setup import build_engine
 from feature_extraction_server.core.turns import Turns
@@ -483,6 +486,70 @@ def test_waiting_ends_when_the_job_does(client_with: MakeClient, gated: Any, poo
     gated.passes.release()
 
     assert [json_of(answer.result(TIMEOUT_S))["state"] for answer in waiting] == ["succeeded"] * 3
+
+
+def test_a_job_that_is_given_up_though_nobody_wants_that_is_run_again(
+    build: Callable[..., Engine], gated: Any, no_crash_delay: None
+) -> None:
+    engine = build()
+    client = create_app(engine).test_client()
+    location = submit(client, GATED, 1)
+    wait_until(lambda: gated.calls == [[1]])
+    runner = engine.jobs
+    assert runner is not None
+    (run,) = runner._runs
+
+    run.given_up.set()
+    wait_until(lambda: run not in runner._runs)
+    gated.passes.release(2)
+
+    assert json_of(client.get(location + WAIT))["state"] == "succeeded"
+
+
+def test_the_end_of_a_run_ends_no_other_run_of_the_same_job(
+    build: Callable[..., Engine], gated: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = build()
+    client = create_app(engine).test_client()
+    submit(client, GATED, 1)
+    wait_until(lambda: gated.calls == [[1]])
+    assert engine.jobs is not None
+    (run,) = engine.jobs._runs
+
+    monkeypatch.setattr(engine.jobs, "_outcome", lambda run, record: None)
+    engine.jobs._work(replace(run))  # the one before, which has lost its model, and told the store so
+
+    assert not run.given_up.is_set()
+
+
+def test_a_result_that_cannot_be_stored_fails_the_job(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> None:
+        raise sqlite3.DataError("string or blob too big")
+
+    monkeypatch.setattr(JobStore, "succeed", refuse)
+
+    job = json_of(client.get(submit(client, ECHO, 1) + WAIT))
+
+    assert (job["state"], job["error"]["code"]) == ("failed", "internal_error")
+    assert "could not store" in job["error"]["error"]
+
+
+def test_a_job_waits_for_a_model_whose_load_failed_for_a_passing_reason(
+    client_with: MakeClient, plugin: Callable[[str, str, str], None], gated: Any
+) -> None:
+    client = client_with(LOAD_RETRY_DELAY="0.05")
+    failures = [ModelUnavailable("no cluster yet", retry_after=5)]
+
+    def load_model() -> None:
+        if failures:
+            raise failures.pop()
+
+    gated.load_model = load_model
+    gated.passes.release()
+
+    job = json_of(client.get(submit(client, GATED, 1) + WAIT))
+
+    assert (job["state"], job["result"]) == ("succeeded", ["1 wide"])
 
 
 def test_who_waits_for_a_job_keeps_no_other_request_from_its_turn(client_with: MakeClient, gated: Any) -> None:

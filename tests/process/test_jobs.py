@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import requests
 from PIL import Image
 
+from dev_server import ROOT
 from feature_extraction_server.core.engine_client import private_directory
 from tests.conftest import Server, encode_image
 from tests.process.test_engine_process import engine_of, is_gone
@@ -135,6 +137,28 @@ def test_jobs_that_a_server_does_not_finish_before_its_end_are_queued_again(guni
     assert server.stop() == 0
 
     assert (states(path), crashes(path)) == (["queued"], [0])
+
+
+def test_a_server_that_is_told_to_end_queues_its_jobs_at_once_and_keeps_nobody_who_waits_for_one(
+    gunicorn: Gunicorn, tmp_path: Path
+) -> None:
+    path = tmp_path / "jobs.sqlite3"
+    options = ("-c", str(ROOT / "gunicorn.conf.py"))
+    server = gunicorn(*options, JOBS_PATH=str(path), FAKE_SECONDS="60", STOP_GRACE_PERIOD="0.1")
+    locations = [submit(server, SLOW, width) for width in range(1, 4)]
+    wait_until(lambda: states(path) == ["running"] * 3)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(job, server, locations[0])
+        (worker,) = server.workers()
+        wait_until(lambda: any(one.status == "ESTABLISHED" for one in worker.net_connections()), "the client")
+        assert server.get("/health/live").ok  # so the one before has been read, too
+
+        server.process.terminate()
+
+        assert waiting.result(20)["state"] == "queued"
+        assert server.process.wait(20) == 0
+    assert states(path) == ["queued"] * 3
+    assert crashes(path) == [0] * 3
 
 
 def test_jobs_wait_for_the_next_start_when_only_the_main_process_is_killed(gunicorn: Gunicorn, tmp_path: Path) -> None:

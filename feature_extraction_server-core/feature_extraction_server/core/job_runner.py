@@ -188,7 +188,8 @@ class JobRunner:
             while True:
                 job = self._find(id)
                 remaining = give_up_at - time.monotonic()
-                if job.has_ended or remaining <= 0:
+                # At this process's end, another one runs it, and tells who asks again.
+                if job.has_ended or remaining <= 0 or self._closing.is_set():
                     return job
                 with waiting():
                     ended.wait(remaining)
@@ -241,9 +242,13 @@ class JobRunner:
             for run in self._runs:
                 if run.job.id in ended:
                     run.given_up.set()
-            for id in ended:
-                for event in self._waiting.get(id, ()):
-                    event.set()
+            self._wake(ended)
+
+    def _wake(self, ids: Iterable[str]) -> None:
+        """Wake who waits for jobs. The caller holds the lock."""
+        for id in ids:
+            for event in self._waiting.get(id, ()):
+                event.set()
 
     # Begin and end
 
@@ -255,14 +260,12 @@ class JobRunner:
         """
         self._opened()
 
-    def close(self) -> None:
-        """Stop running jobs in this process. Those that are not done are queued again."""
-        with self._starting:
-            # A forked child has a copy of its parent's object, but none of its jobs.
-            if self._store is None or self._pid != os.getpid() or self._closing.is_set():
-                return
-            self._closing.set()
-        atexit.unregister(self.close)
+    def stop_running(self) -> None:
+        """Run no more jobs in this process. Those that are not done are queued again, and who waits is answered."""
+        # A forked child has a copy of its parent's object, but none of its jobs.
+        if self._store is None or self._pid != os.getpid():
+            return
+        self._closing.set()
         self._look.set()
         with self._changed:
             runs = list(self._runs)
@@ -271,9 +274,19 @@ class JobRunner:
             self._changed.wait_for(lambda: not self._runs, CLOSE_TIMEOUT_S)
         try:
             self._store.give_back([run.job for run in runs])
-            self._store.close()
         except sqlite3.Error as error:  # the lock that goes with the process tells others all the same
             logger.warning("Jobs that this process ran were not given back: %s", error)
+        with self._changed:
+            self._wake(self._waiting)
+
+    def close(self) -> None:
+        """Stop running jobs in this process, and close the store."""
+        if self._store is None or self._pid != os.getpid():
+            return
+        self.stop_running()
+        atexit.unregister(self.close)
+        with suppress(sqlite3.Error):
+            self._store.close()
 
     def _opened(self) -> JobStore:
         if self._store is not None:
@@ -378,17 +391,26 @@ class JobRunner:
             current.set(record)  # so that what is logged of it can be found
             try:
                 self._save(self._outcome(run, record))
-            except Exception:
-                if not self._closing.is_set():  # otherwise, the store is closed
-                    logger.exception("What came of the job %s is lost", run.job.id)
+            except Exception:  # a result that is larger than the store takes, say
+                logger.exception("What came of the job %s cannot be stored", run.job.id)
+                self._try_to_fail(run)
             finally:
                 self._end(run)
-            self._tell_end([run.job.id])
             run = self._claim()
+
+    def _try_to_fail(self, run: _Run) -> None:
+        error = ServerError("the server could not store what came of this job; its log says why")
+        try:
+            self._save(partial(run.store.fail, run.job, error.body()))
+        except Exception:
+            if not self._closing.is_set():  # otherwise, the store is closed
+                logger.exception("What came of the job %s is lost", run.job.id)
 
     def _end(self, run: _Run) -> None:
         with self._changed:
             self._runs.discard(run)
+            # Nobody who runs it: it may have been queued again, and be another run's by now.
+            self._wake([run.job.id])
             self._changed.notify_all()
 
     def _outcome(self, run: _Run, record: RequestRecord) -> Callable[[], None] | None:
@@ -401,7 +423,7 @@ class JobRunner:
             result = to_json(self._result(run, payload, record)).decode()
             return partial(store.succeed, job, result, json.dumps(meta_of(self._application, record)))
         except ClientDisconnected:
-            return None  # cancelled, or this process ends: whoever did it has told the store
+            return partial(store.give_back, [job])  # this process ends; one that was cancelled is not its any more
         except ModelLoadFailed as error:
             return partial(store.fail, job, error.body())
         except ModelUnavailable as error:

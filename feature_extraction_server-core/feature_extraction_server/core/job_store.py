@@ -238,10 +238,12 @@ class JobStore:
         now = time.time()
         rows = self._execute(
             "UPDATE jobs SET state = 'running', owner = ?, started = ?, n_done = 0 WHERE seq = ("
-            f" SELECT seq FROM jobs WHERE state = 'queued' AND not_before <= ? AND model NOT IN ({busy})"
+            " SELECT seq FROM jobs WHERE state = 'queued' AND (not_before <= ? OR not_before > ?)"
+            f" AND model NOT IN ({busy})"
             " AND (crashes = 0 OR NOT EXISTS (SELECT 1 FROM jobs WHERE state = 'running' AND crashes > 0))"
             f" ORDER BY seq LIMIT 1) RETURNING {_COLUMNS}",
-            (self.owner, now, now, *busy_models),
+            # None is put off for longer, but where the clock was wrong.
+            (self.owner, now, now, now + MAX_CRASHES * CRASH_DELAY_S, *busy_models),
         )
         return _job(rows[0]) if rows else None
 

@@ -131,13 +131,13 @@ class ModelRun:
         module = self.module
         self._globals_before = dict(vars(module))
         started = time.monotonic()
-        failure = None
+        failure: ModelUnavailable | None = None
         reports = report.set(self._take_report)
         try:
             module.load_model()
         except BaseException as error:  # SystemExit too: a model that fails to load must not take the consumer along
             logger.exception("The model %s failed to load", self.name)
-            failure = f"the model {self.name} failed to load: {_describe(error)}"
+            failure = self._failure_of(error)
         finally:
             report.reset(reports)
         if failure is None:
@@ -149,6 +149,13 @@ class ModelRun:
             self._drop_globals()
             give_back_memory()
             self._model._load_failed(self, failure)
+
+    def _failure_of(self, error: BaseException) -> ModelUnavailable:
+        """Return what requests are told of a load that failed. What passes by itself is no fault of the model's."""
+        passes = isinstance(error, ModelUnavailable) and error.retry_after is not None
+        kind = ModelUnavailable if passes and not isinstance(error, ModelLoadFailed) else ModelLoadFailed
+        reason = f"the model {self.name} failed to load: {_describe(error)}"
+        return kind(reason, retry_after=self.options.load_retry_delay)
 
     def progress(self) -> dict[str, Any]:
         """Return how far the model's start has come: what it is at, and how much of a download is done."""
@@ -241,6 +248,7 @@ class Model:
         self._changed = threading.Condition(threading.Lock())
         self._state = State.STOPPED
         self._error: str | None = None
+        self._failure: type[ModelUnavailable] = ModelLoadFailed  # what it failed to load with
         self._retry_at = 0.0
         self._state_since = time.monotonic()
         self._load_seconds: float | None = None
@@ -302,13 +310,13 @@ class Model:
 
         Raises:
             QueueFull: as many jobs wait as may.
-            ModelLoadFailed: the model failed to load less than the retry delay ago.
+            ModelLoadFailed, ModelUnavailable: the model failed to load less than the retry delay ago.
         """
         self.notice_dead_consumer()
         with self._changed:
             wait = self._retry_at - time.monotonic()
             if self._state is State.FAILED and wait > 0:
-                raise ModelLoadFailed(self._error or "", retry_after=wait)
+                raise self._failure(self._error or "", retry_after=wait)
             run = self._start_locked()
             # A stopping model takes no more into this life: the job waits for the next one.
             queue = self._next_queue if self._state is State.STOPPING else self._current_run().queue
@@ -526,16 +534,17 @@ class Model:
                 self._set_state(State.RUNNING)
         logger.info("The model %s was loaded in %.1f s", self.name, seconds)
 
-    def _load_failed(self, run: ModelRun, reason: str) -> None:
+    def _load_failed(self, run: ModelRun, failure: ModelUnavailable) -> None:
         with self._changed:
             if run.ended:
                 return
             run.ended = True
             self._n_failed_loads += 1
             self._n_failed_in_a_row += 1
-            jobs, run_next = self._leave(run, reason)
+            jobs, run_next = self._leave(run, failure.message)
+            self._failure = type(failure)
             self._retry_at = time.monotonic() + self.options.load_retry_delay
-        fail_all(jobs, ModelLoadFailed(reason, retry_after=self.options.load_retry_delay))
+        fail_all(jobs, failure)
         self._launch(run_next)
 
     def _next_batch(self, run: ModelRun) -> Batch | None:
@@ -596,6 +605,7 @@ class Model:
         self._next_queue = JobQueue()
         self._restart = False
         self._retry_at = 0.0
+        self._failure = ModelLoadFailed
         self._set_state(State.STARTING)
         return self._run
 

@@ -27,6 +27,8 @@ from feature_extraction_server.flask.tracing import tracing
 
 logger = logging.getLogger(__name__)
 
+#: By which an app's ``extensions`` have its application interface.
+EXTENSION: Final = "feature_extraction_server"
 _DRAIN_BYTES: Final = 1 << 30
 _DRAIN_SECONDS: Final = 60.0
 _DRAIN_STALL_SECONDS: Final = 5.0
@@ -72,6 +74,7 @@ def create_app(application: ApplicationInterface) -> Flask:
     An api plugin whose ``add_routes`` raises is reported as failed; the server works all the same.
     """
     app = _App(__name__, static_folder=None)
+    app.extensions[EXTENSION] = application
     app.origins = application.settings.cors_origins()
     app.addresses = Addresses()
     app.json = _JSONProvider(app)

@@ -12,6 +12,7 @@ import errno
 import gc
 import socket
 import ssl
+import threading
 import time
 from concurrent.futures import Future
 from contextlib import suppress
@@ -19,6 +20,7 @@ from functools import partial
 from selectors import EVENT_READ
 from typing import Any, Final
 
+from flask import Flask
 from gunicorn.util import close_graceful  # type: ignore[import-untyped]
 from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, TConn, ThreadWorker  # type: ignore[import-untyped]
 
@@ -27,6 +29,7 @@ from feature_extraction_server.core.memory import give_back_memory
 from feature_extraction_server.core.pixels import give_back_unused
 from feature_extraction_server.core.turns import Turns, waiting
 from feature_extraction_server.core.wire import set_timeout
+from feature_extraction_server.flask.app import EXTENSION
 from feature_extraction_server.flask.connection_counts import NO_MORE, ConnectionCount
 
 #: One request runs Python code, while others decode pictures on all cores. More would only wait for its lock.
@@ -112,6 +115,15 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         gc.collect()
         gc.freeze()
         super().run()
+
+    def set_accept_enabled(self, enabled: bool) -> None:
+        super().set_accept_enabled(enabled)
+        if enabled or self.alive:
+            return
+        # The end has begun, and may last until gunicorn kills the worker: others run its stored jobs meanwhile.
+        application = self.wsgi.extensions[EXTENSION] if isinstance(self.wsgi, Flask) else None
+        if application is not None and application.jobs is not None:
+            threading.Thread(target=application.jobs.stop_running, name="jobs-end", daemon=True).start()
 
     def accept(self, listener: socket.socket) -> None:
         at_most = self.worker_connections - self.nr_conns
