@@ -13,6 +13,7 @@ import pytest
 
 from dev_server import ROOT
 from feature_extraction_server.core.errors import SettingError
+from feature_extraction_server.core.logs import LogServer
 from feature_extraction_server.core.settings import Setting, SettingsManager
 from tests.conftest import free_port, server_environment
 
@@ -87,6 +88,26 @@ def test_dotenv_that_is_no_text_is_an_error_with_its_path(manager: Callable[...,
 
     with pytest.raises(SettingError, match=r"\.env cannot be read"):
         settings.check()
+
+
+def test_line_of_dotenv_that_cannot_be_read_is_an_error_that_keeps_it_secret(
+    manager: Callable[..., SettingsManager],
+) -> None:
+    settings = manager({}, "A=1\n\nAPI_KEYS='o'neil-0123456789'\nCOLOUR=red\n")
+
+    with pytest.raises(SettingError, match=r"\.env cannot be read: line 3 is not of the form NAME=value") as caught:
+        settings.check()
+    assert "neil" not in str(caught.value)
+
+
+def test_log_of_which_the_lock_beside_it_cannot_be_written_is_refused(
+    tmp_path: Path, manager: Callable[..., SettingsManager]
+) -> None:
+    (tmp_path / ".__log.txt.lock").mkdir()
+    log_server = LogServer(manager({"LOG_PATH": str(tmp_path / "log.txt")}))
+
+    with pytest.raises(SettingError, match=r"LOG_PATH=.* is not allowed"):
+        log_server.configure()
 
 
 def test_dotenv_that_is_a_folder_counts_as_missing(tmp_path: Path) -> None:

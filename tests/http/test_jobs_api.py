@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib
 import io
 import sqlite3
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from flask.testing import FlaskClient
 from PIL import Image
 from werkzeug.test import TestResponse
 
+from feature_extraction_server.core.application import ApplicationInterface
 from feature_extraction_server.core.engine import Engine
 from feature_extraction_server.core.errors import ModelUnavailable
 from feature_extraction_server.core.job_store import JobStore
@@ -520,6 +522,17 @@ def test_the_end_of_a_run_ends_no_other_run_of_the_same_job(
     engine.jobs._work(replace(run))  # the one before, which has lost its model, and told the store so
 
     assert not run.given_up.is_set()
+
+
+@pytest.mark.parametrize("widths", [[1], range(1, 40)], ids=["one", "batch"])
+def test_a_plugin_that_ends_the_program_fails_its_job(
+    client: FlaskClient, monkeypatch: pytest.MonkeyPatch, widths: Sequence[int]
+) -> None:
+    monkeypatch.setattr(ApplicationInterface, "run", lambda *arguments, **options: sys.exit(4))
+
+    job = json_of(client.get(submit(client, ECHO, *widths) + WAIT))
+
+    assert (job["state"], job["error"]["code"]) == ("failed", "internal_error")
 
 
 def test_a_result_that_cannot_be_stored_fails_the_job(client: FlaskClient, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -118,6 +119,21 @@ def test_a_client_that_sends_a_byte_now_and_then_is_given_up(impatient: Server) 
     assert impatient.post(ECHO, {"image": PNG}, timeout=20).ok
 
 
+def test_what_comes_after_a_client_was_given_up_is_not_taken_for_a_request(impatient: Server) -> None:
+    rest = b"GET /api/plugins HTTP/1.1\r\nHost: a\r\n\r\n"
+    with connect(impatient) as connection:
+        kept_alive = post(ECHO, b"{", f"Content-Length: {1 + len(rest)}").replace(b"Connection: close\r\n", b"")
+        connection.sendall(kept_alive)
+        answer = connection.recv(10_000)
+        with suppress(OSError):  # it may be closed by now
+            connection.sendall(rest)
+            while data := connection.recv(10_000):
+                answer += data
+
+    assert answer.startswith(b"HTTP/1.1 400")
+    assert answer.count(b"HTTP/1.1") == 1
+
+
 def test_a_body_that_ends_early_is_refused_even_where_it_could_be_read(server: StartServer) -> None:
     with connect(server()) as connection:
         connection.sendall(post(ECHO, GOOD, f"Content-Length: {len(GOOD) + 9}"))
@@ -195,22 +211,31 @@ def test_clients_for_whom_there_is_no_file_descriptor_wait_until_others_have_lef
 
 
 @pytest.fixture
-def tls_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """A server that speaks TLS, with the repository's gunicorn.conf.py."""
+def start_tls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path | str], Server]]:
+    """``start_tls(configuration)`` starts a server that speaks TLS, with a file of gunicorn's settings."""
     authority, files = trustme.CA(), {name: str(tmp_path / name) for name in ("authority.pem", "server.pem")}
     authority.cert_pem.write_to_path(files["authority.pem"])
     authority.issue_cert("127.0.0.1").private_key_and_cert_chain_pem.write_to_path(files["server.pem"])
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", files["authority.pem"])
-    port = free_port()
     options = ("--certfile", files["server.pem"], "--keyfile", files["server.pem"])
-    command = gunicorn_command(port, "-c", str(ROOT / "gunicorn.conf.py"), *options)
-    server = Server(command, port, tmp_path, server_environment(tmp_path))
-    server.url = server.url.replace("http:", "https:")
-    yield server.wait_until_ready()
-    server.stop()
+    servers: list[Server] = []
+
+    def start(configuration: Path | str) -> Server:
+        port = free_port()
+        command = gunicorn_command(port, "-c", str(configuration), *options)
+        servers.append(Server(command, port, tmp_path, server_environment(tmp_path)))
+        servers[-1].url = servers[-1].url.replace("http:", "https:")
+        return servers[-1].wait_until_ready()
+
+    yield start
+    for server in servers:
+        server.stop()
 
 
-def test_clients_are_served_over_tls_whatever_others_do_instead_of_a_handshake(tls_server: Server) -> None:
+def test_clients_are_served_over_tls_whatever_others_do_instead_of_a_handshake(
+    start_tls: Callable[[Path | str], Server],
+) -> None:
+    tls_server = start_tls(ROOT / "gunicorn.conf.py")
     large = encode_image(Image.effect_noise((1500, 1500), 90))
     with ExitStack() as kept_open:
         others = [kept_open.enter_context(connect(tls_server)) for _ in range(50)]
@@ -220,6 +245,69 @@ def test_clients_are_served_over_tls_whatever_others_do_instead_of_a_handshake(t
         answers = at_once(32, lambda _: tls_server.post(ECHO, {"image": large}, timeout=30))
 
     assert [answer.json()[0].split()[0] for answer in answers] == ["1500x1500"] * 32
+
+
+@pytest.mark.parametrize(
+    ("data", "answer"),
+    [
+        pytest.param(None, b"", id="handshake"),
+        pytest.param(b"GET /api/tasks/li", b"", id="head"),
+        pytest.param(post(ECHO, GOOD[:-9], f"Content-Length: {len(GOOD)}"), b"HTTP/1.1 400", id="body"),
+    ],
+)
+def test_clients_that_stall_over_tls_are_given_up(
+    start_tls: Callable[[Path | str], Server], tmp_path: Path, data: bytes | None, answer: bytes
+) -> None:
+    server = start_tls(worker_configuration(tmp_path, MAX_STALL_S=1))
+    trusting = ssl.create_default_context(cafile=str(tmp_path / "authority.pem"))
+    with connect(server) as connection:
+        connection.settimeout(20)
+        if data is None:
+            connection.sendall(b"\x16\x03\x01\x02\x00\x01")  # how a handshake begins
+            told = connection.recv(1000)
+        else:
+            with trusting.wrap_socket(connection, server_hostname="127.0.0.1") as wrapped:
+                wrapped.sendall(data)
+                told = wrapped.recv(1000)
+
+    assert told[:12] == answer
+    assert server.get("/api/tasks/list").ok
+
+
+def test_a_client_that_says_nothing_does_not_put_off_the_end(gunicorn: StartServer, tmp_path: Path) -> None:
+    silence_s = 60
+    server = gunicorn("-c", worker_configuration(tmp_path, MAX_SILENCE_S=silence_s), "--graceful-timeout", "120")
+    with connect(server):
+        assert server.get("/api/tasks/list").ok  # the other client has been let in before
+        began = time.monotonic()
+        server.process.terminate()
+        assert server.process.wait(2 * silence_s) == 0
+
+    assert time.monotonic() - began < silence_s / 2
+
+
+EXITS = """
+import sys
+def add_routes(application, app):
+    app.add_url_rule("/exit/<int:status>", view_func=lambda status: sys.exit(status))
+"""
+
+
+def test_a_plugin_that_ends_the_program_in_a_request_ends_neither_the_worker_nor_the_server(
+    gunicorn: StartServer, tmp_path: Path
+) -> None:
+    apis = tmp_path / "plugins" / "feature_extraction_server" / "apis"
+    apis.mkdir(parents=True)
+    (apis / "exits.py").write_text(EXITS)
+    path = os.pathsep.join([str(tmp_path / "plugins"), server_environment(tmp_path)["PYTHONPATH"]])
+    server = gunicorn("-c", str(ROOT / "gunicorn.conf.py"), PYTHONPATH=path)
+    workers = server.workers()
+
+    answers = [server.get(f"/exit/{status}") for status in (1, 4)]
+
+    assert [answer.status_code for answer in answers] == [500, 500]
+    assert [answer.json()["code"] for answer in answers] == ["internal_error"] * 2
+    assert server.workers() == workers
 
 
 # Many at once

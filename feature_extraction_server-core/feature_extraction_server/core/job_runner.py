@@ -433,7 +433,7 @@ class JobRunner:
             return partial(store.crash, job, error.body())
         except ServerError as error:
             return partial(store.fail, job, error.body())
-        except Exception:
+        except BaseException:  # SystemExit too: it would end this thread, and nobody would run the job
             logger.exception("The server failed on the job %s", job.id)
             return partial(store.fail, job, ServerError("the server failed on this job; its log says why").body())
 
@@ -459,14 +459,14 @@ class JobRunner:
             return self._ask(run, payload)
         starts: Sequence[int] = range(0, job.n_items, size)
         answers: dict[int, _Answer] = {}  # by where their pieces start; the latest one is the last
-        errors: dict[int, Exception] = {}
+        errors: dict[int, BaseException] = {}
 
         def run_pieces(starts: Iterator[int], record: RequestRecord) -> None:
             current.set(record)
             for start in starts:
                 try:
                     results = self._ask(run, _piece(payload, spec.batch_fields, start, size))
-                except Exception as error:  # raised again below
+                except BaseException as error:  # raised again below
                     errors[start] = _moved(error, spec.batch_fields, start)
                 if errors:
                     return
@@ -544,7 +544,7 @@ def _piece(payload: dict[str, Any], batch_fields: Collection[str], start: int, s
     }
 
 
-def _moved(error: Exception, batch_fields: Collection[str], start: int) -> Exception:
+def _moved(error: BaseException, batch_fields: Collection[str], start: int) -> BaseException:
     """Return an error in a piece as one in the whole: it names the item by its place in the whole list."""
     if not isinstance(error, InvalidInput) or not (match := re.fullmatch(r"(\w+)\[(\d+)\]", error.field or "")):
         return error

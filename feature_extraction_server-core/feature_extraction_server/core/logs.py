@@ -108,10 +108,14 @@ class LogServer:
         options: dict[str, Any] = {"maxBytes": MAX_FILE_BYTES, "backupCount": KEPT_FILES, "encoding": "utf-8"}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a"):
-                pass
-            return ConcurrentRotatingFileHandler(str(path), "a", **options)
+            handler = ConcurrentRotatingFileHandler(str(path), "a", **options)
+            # The handler itself would open both with the first record, and say what is wrong with every one.
+            for opened in (path, Path(handler.lockFilename)):
+                with opened.open("a"):
+                    pass
+            return handler
         except OSError as error:
             raise SettingError(
-                f"LOG_PATH={str(path)!r} is not allowed: it must be a file that can be written ({error.strerror})"
+                f"LOG_PATH={str(path)!r} is not allowed: it must be a file that can be written, and so must its folder "
+                f"({error.strerror})"
             ) from None

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
 from dotenv import dotenv_values
+from dotenv.parser import parse_stream
 
 from feature_extraction_server.core.errors import SettingError
 
@@ -231,9 +232,16 @@ class SettingsManager:
         if not self._dotenv_path.is_file():
             return {}
         try:
-            return dotenv_values(self._dotenv_path, interpolate=False)
+            with self._dotenv_path.open(encoding="utf-8") as file:
+                wrong = next((binding for binding in parse_stream(file) if binding.error), None)
+            if wrong is None:
+                return dotenv_values(self._dotenv_path, interpolate=False)
         except (OSError, UnicodeDecodeError) as error:
             raise SettingError(f"{self._dotenv_path} cannot be read: it must be a UTF-8 text file ({error})") from None
+        # dotenv would leave it out with a warning: a server could run without its API_KEYS. It may be a secret.
+        text = wrong.original.string
+        line = wrong.original.line + text[: len(text) - len(text.lstrip())].count("\n")
+        raise SettingError(f"{self._dotenv_path} cannot be read: line {line} is not of the form NAME=value")
 
     def _value(self, setting: Setting[Any]) -> Any:
         if setting.name not in self._values:

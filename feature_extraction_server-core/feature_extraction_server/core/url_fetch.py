@@ -22,6 +22,7 @@ from functools import cache
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Any, Final, TypeGuard
 
+from feature_extraction_server.core.cut_off import cut_off
 from feature_extraction_server.core.errors import DeadlineExceeded, InvalidInput, TooLarge
 from feature_extraction_server.core.turns import waiting
 
@@ -175,7 +176,7 @@ class UrlFetcher:
                 connection.sock = _tls_context().wrap_socket(
                     connection.sock, server_hostname=target.host, do_handshake_on_connect=False
                 )
-            with _cut_off(connection.sock, budget.seconds_left()):
+            with cut_off(connection.sock, budget.seconds_left()):
                 if isinstance(connection.sock, ssl.SSLSocket):
                     connection.sock.do_handshake()
                 yield connection
@@ -287,25 +288,6 @@ def _connected(address: Any, timeout_s: float) -> socket.socket:
         opened.close()
         raise
     return opened
-
-
-@contextmanager
-def _cut_off(connected: socket.socket, seconds: float) -> Iterator[None]:
-    """Shut a socket down when the time is up: a timeout of its own would begin anew with every byte."""
-
-    def shut_down() -> None:
-        with suppress(OSError):
-            # TLS sockets have a method of their own, after which the reader would go on without TLS.
-            socket.socket.shutdown(connected, socket.SHUT_RDWR)
-
-    timer = threading.Timer(seconds, shut_down)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        timer.join()  # else it might shut another socket down that gets this one's number
 
 
 @cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import socket
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -61,6 +62,17 @@ class _App(Flask):
         if request is None:
             return super().create_url_adapter(None)
         return self.addresses.of(request, super().create_url_adapter)
+
+    def dispatch_request(self) -> Any:
+        try:
+            return super().dispatch_request()
+        except Exception:
+            raise
+        except BaseException as error:
+            # On the main thread, it is what gunicorn's signals raise. Else a plugin has called sys.exit(), say.
+            if threading.current_thread() is threading.main_thread():
+                raise
+            raise RuntimeError(f"the view raised {type(error).__name__}: {error}") from error
 
     def preprocess_request(self) -> Any:
         if (record := current.get()) is not None and record.origin is not None:

@@ -25,6 +25,7 @@ from gunicorn.util import close_graceful  # type: ignore[import-untyped]
 from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, TConn, ThreadWorker  # type: ignore[import-untyped]
 
 from feature_extraction_server.core.cores import N_CORES
+from feature_extraction_server.core.cut_off import cut_off
 from feature_extraction_server.core.memory import give_back_memory
 from feature_extraction_server.core.pixels import give_back_unused
 from feature_extraction_server.core.turns import Turns, waiting
@@ -63,29 +64,40 @@ class _Connection(TConn):  # type: ignore[misc]
     """
 
     _read_by = 0.0
+    #: Whether the client counts as gone. What it may still send is the rest of its request, and must not be read as
+    #: another one.
+    is_given_up = False
 
     def begin_request(self) -> None:
         self._read_by = time.monotonic() + MAX_STALL_S
 
     def init(self) -> None:
-        if self.initialized:
-            return
+        """Prepare for a request; gunicorn has just made the socket wait without end."""
+        if not self.initialized:
+            self._init_in_time()
+        if self.cfg.is_ssl and not self.is_http2:
+            self.sock.settimeout(MAX_STALL_S)  # over TLS, Python waits again where the system's timeout has ended it
+
+    def _init_in_time(self) -> None:
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             set_timeout(self.sock, option, MAX_STALL_S)
-        super().init()
+        if self.cfg.is_ssl:
+            with self.sock.dup() as same, cut_off(same, MAX_STALL_S):  # the handshake; the socket becomes another one
+                super().init()
+        else:
+            super().init()
         if self.is_http2:
             return
         read = self.parser.unreader.chunk
 
         def read_in_time(size: int | None = None) -> bytes:
-            if time.monotonic() > self._read_by:
-                return b""
-            try:
-                data: bytes = read(size)
-            except (BlockingIOError, ssl.SSLWantReadError):
-                return b""
-            self._read_by += len(data) / MIN_BYTES_PER_S
-            return data
+            if time.monotonic() <= self._read_by:
+                with suppress(BlockingIOError, TimeoutError, ssl.SSLWantReadError):
+                    data: bytes = read(size)
+                    self._read_by += len(data) / MIN_BYTES_PER_S
+                    return data
+            self.is_given_up = True
+            return b""
 
         self.parser.unreader.chunk = read_in_time
 
@@ -169,6 +181,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]
         conn.begin_request()
         try:
             is_open = self.handle(conn)
+            if conn.is_given_up:
+                is_open = False
             if is_open is True and self.alive and not conn.parser.unreader.buf.getvalue():
                 self._keep(conn)
                 return
@@ -177,8 +191,11 @@ class Worker(ThreadWorker):  # type: ignore[misc]
                 with waiting():
                     close_graceful(conn.sock)
             done.set_result(is_open)
-        except BaseException as error:
+        except Exception as error:
             done.set_exception(error)
+        except BaseException:  # which would end the main thread, and with it the worker, or the server
+            self.log.exception("A request ended by what ends a program")
+            done.set_result(False)
         self.method_queue.defer(self.finish_request, conn, done)
 
     def _keep(self, conn: TConn) -> None:
@@ -195,7 +212,8 @@ class Worker(ThreadWorker):  # type: ignore[misc]
             self.method_queue.defer(self._cap_keepalive, time.monotonic() + STOP_KEEPALIVE_LINGER)
 
     def _cap_keepalive(self, deadline: float) -> None:
-        for conn in self.keepalived_conns.copy():  # other threads may add to it
+        # Other threads may add to the former. Nor has the end to wait for those who are connected and say nothing.
+        for conn in (*self.keepalived_conns.copy(), *self.pending_conns):
             conn.timeout = min(conn.timeout, deadline)
 
     def wait_for_and_dispatch_events(self, timeout: float) -> None:
