@@ -243,9 +243,11 @@ def starting(folder: Path, command: Callable[..., list[str]]) -> Iterator[Callab
         servers.append(Server(command(port, *arguments), port, folder, server_environment(folder, **settings)))
         return servers[-1].wait_until_ready()
 
-    yield start
-    for server in servers:
-        server.stop()
+    try:
+        yield start
+    finally:
+        for server in servers:
+            server.stop()
 
 
 @pytest.fixture

@@ -53,6 +53,6 @@ def test_no_cluster_at_the_address_is_a_503_that_says_so(gunicorn: StartServer) 
 
     response = ask(server, FRAGILE)
 
-    assert (response.status_code, response.json()["code"]) == (503, "model_load_failed")
+    assert (response.status_code, response.json()["code"]) == (503, "model_unavailable")
     assert f"no Ray cluster answers at {address}" in response.json()["error"]
     assert "Retry-After" in response.headers

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -111,6 +112,37 @@ def test_a_stop_on_one_server_is_seen_by_all_and_requests_to_any_start_the_model
     assert pids_of_fragile(second) == after
 
 
+def test_a_stop_on_one_server_lets_the_others_finish_what_they_have_under_way(serving: ServeUntil) -> None:
+    settings = {"RAY_APP_PREFIX": "stopped_elsewhere", "FAKE_SECONDS": "5", "STOP_GRACE_PERIOD": "60"}
+    with serving(**settings) as stopping, serving(**settings) as asked, ThreadPoolExecutor(1) as pool:
+        start_model(stopping, "fake_slow")
+        start_model(asked, "fake_slow")
+        response = pool.submit(ask, asked, SLOW)
+        wait_until(lambda: status(asked, "fake_slow")["running_jobs"] == 1, "the call")
+
+        stopping.post("/api/models/fake_slow/stop", {})
+
+        wait_until(lambda: status(asked, "fake_slow")["state"] in ("stopping", "stopped"), "the news of the stop")
+        assert response.result().status_code == 200, response.result().text
+        wait_until(lambda: all(has_state(server, "fake_slow", "stopped") for server in (stopping, asked)))
+
+
+def test_a_call_that_hangs_is_given_up_after_the_grace_period_of_a_stop_on_another_server(
+    first: Server, second: Server
+) -> None:
+    pids_of_fragile(first)
+    pids_of_fragile(second)
+    with ThreadPoolExecutor(1) as pool:
+        response = pool.submit(ask, first, FRAGILE, 4)
+        wait_until(lambda: status(first, "fake_fragile")["running_jobs"] == 1, "the call")
+
+        stop_model(second, "fake_fragile")
+
+        assert response.result().status_code == 503
+        assert "was stopped" in response.result().json()["error"]
+    wait_until(lambda: has_state(first, "fake_fragile", "stopped"))
+
+
 def test_a_model_that_may_be_without_a_replica_gets_one_when_it_is_asked(serving: ServeUntil) -> None:
     with serving(RAY_APP_PREFIX="from_zero", RAY_MIN_REPLICAS_FAKE_FLAKY="0") as server:
         assert ask(server, FLAKY).status_code == 200
@@ -123,7 +155,7 @@ def test_where_no_node_has_room_the_503_says_what_was_asked_for_and_what_there_i
 
     response = ask(second, FLAKY)
 
-    assert (response.status_code, response.json()["code"]) == (503, "model_load_failed")
+    assert (response.status_code, response.json()["code"]) == (503, "model_unavailable")
     assert "which takes CPU: 1.0, GPU: 1.0, big: 2.0" in response.json()["error"]
     for ip in NODES:
         assert re.search(rf"{re.escape(ip)} \(CPU: [0-2] of 2 free\)", response.json()["error"])

@@ -4,14 +4,28 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+
+import psutil
 
 from tests.conftest import Server
 from tests.load import Load
 from tests.ray.cluster import HEAD_IP, RayCluster
 from tests.ray.conftest import NODES
-from tests.ray.servers import FRAGILE, ask, pids, pids_of_fragile, replicas
+from tests.ray.servers import FRAGILE, ask, pids, pids_of_fragile, replicas, status
 from tests.waiting import wait_until
+
+JOBS = "/api/tasks/image_captioning/models/fake_fragile/jobs"
+#: As anybody may do it who shares the cluster.
+SHUTDOWN = """
+import sys
+import ray
+from ray import serve
+ray.init(address=sys.argv[1], _node_ip_address=sys.argv[2], log_to_driver=False, logging_level="error")
+serve.shutdown()
+"""
 
 
 def test_a_killed_replica_costs_no_request(first: Server) -> None:
@@ -73,7 +87,24 @@ def test_a_killed_node_costs_no_request(first: Server, cluster: RayCluster) -> N
     assert load.labels().keys() == {"200"}
 
 
-def test_a_lost_head_is_a_503_until_it_is_back_and_the_server_goes_on(first: Server, cluster: RayCluster) -> None:
+def test_after_a_shutdown_of_ray_serve_the_next_requests_start_the_model_again(
+    first: Server, cluster: RayCluster
+) -> None:
+    before = pids_of_fragile(first)
+    engine = psutil.Process(status(first, "fake_fragile")["engine_pid"])
+    (driver,) = (one for one in engine.children() if any("ray_consumer" in part for part in one.cmdline()))
+
+    driver.suspend()  # so that it does not see the applications go, but only that all is gone
+    command = [sys.executable, "-c", SHUTDOWN, cluster.address, HEAD_IP]
+    ended = subprocess.run(command, env=os.environ | cluster.environment)
+    driver.resume()
+
+    assert ended.returncode == 0
+    wait_until(lambda: ask(first, FRAGILE).status_code == 200, "an answer")
+    assert pids(first, "fake_fragile").isdisjoint(before)
+
+
+def test_a_lost_head_is_a_503_until_it_is_back_which_stored_jobs_wait_for(first: Server, cluster: RayCluster) -> None:
     assert ask(first, FRAGILE).status_code == 200
     before = pids(first, "fake_fragile")
 
@@ -81,11 +112,15 @@ def test_a_lost_head_is_a_503_until_it_is_back_and_the_server_goes_on(first: Ser
 
     wait_until(lambda: ask(first, FRAGILE).status_code == 503, "a 503")
     response = ask(first, FRAGILE)
-    assert response.json()["code"] in ("model_unavailable", "model_load_failed")
+    assert response.json()["code"] == "model_unavailable"
     assert "Retry-After" in response.headers
 
     cluster.kill(*cluster.ips)
+    wait_until(lambda: "no Ray cluster answers" in ask(first, FRAGILE).text, "a load that fails")
+    job = f"/api/jobs/{ask(first, JOBS).json()['id']}"
     cluster.start_head()
     cluster.start_node(NODES[0], 2)
     wait_until(lambda: ask(first, FRAGILE).status_code == 200, "an answer")
+    wait_until(lambda: first.get(job).json()["ended"] is not None, "the end of the job")
+    assert first.get(job).json()["state"] == "succeeded", first.get(job).json()["error"]
     assert pids(first, "fake_fragile").isdisjoint(before)

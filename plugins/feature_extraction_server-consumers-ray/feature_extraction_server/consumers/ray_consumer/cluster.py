@@ -41,6 +41,7 @@ _CHECK_S: Final = 0.1  # between looks at whether somebody still waits
 _ANSWER_TIMEOUT_S: Final = 10.0  # of Ray Serve's controller
 _CONNECT_TIMEOUT_S: Final = 3.0
 _DELETE_TIMEOUT_S: Final = 60.0
+_RETRY_AFTER_S: Final = 5.0  # where what is missing may come by itself
 #: How often a replica that is to end looks whether it has answered all.
 _DRAIN_CHECK_S: Final = 0.2
 #: Calls that one replica may have at a time, those that wait included: of all servers together.
@@ -73,10 +74,15 @@ class App:
 
 
 class Cluster:
-    """The Ray cluster that RAY_ADDRESS names, or one on this machine that ends with this object."""
+    """The Ray cluster that RAY_ADDRESS names, or one on this machine that ends with this object.
 
-    def __init__(self, registry: Registry) -> None:
+    Args:
+        on_loss: called when Ray Serve was shut down there. This process finds no other one.
+    """
+
+    def __init__(self, registry: Registry, on_loss: Callable[[], None]) -> None:
         self._registry = registry
+        self._on_loss = on_loss
         self._lock = threading.Lock()
         self._connected = False
         self._closing = threading.Event()
@@ -97,6 +103,7 @@ class Cluster:
 
         Raises:
             ModelLoadFailed: with the reason, and the node where it happened.
+            ModelUnavailable: no cluster answers, or none of its nodes has room: both may pass.
         """
         self._connect()
         import ray
@@ -142,6 +149,8 @@ class Cluster:
                 return False, ModelError(f"the model {model} failed on the Ray cluster: {error.cause}")
             except (ray.exceptions.RayError, RayServeException) as error:
                 logger.warning("A replica of the model %s failed (try %d): %s", model, n_tries, error)
+                if app.gone:
+                    raise _was_stopped(model) from None
                 if not self._answers:
                     raise _head_is_silent() from None
                 reason = str(error).strip().rpartition("\n")[2]
@@ -218,6 +227,8 @@ class Cluster:
         else:
             connected.set_result(None)
             self._poll()
+            if not self._closing.is_set():
+                self._on_loss()
             threading.Event().wait()  # for the end of the process: ``close`` gives them time to end by themselves
 
     def _init(self) -> None:
@@ -256,8 +267,8 @@ class Cluster:
             ray.shutdown()
             self._remove_folder()
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise ModelLoadFailed(
-                f"the Ray cluster {address or 'on this machine'} cannot be used: {reason}", retry_after=5
+            raise ModelUnavailable(
+                f"the Ray cluster {address or 'on this machine'} cannot be used: {reason}", retry_after=_RETRY_AFTER_S
             ) from None
         ray.util.register_serializer(Image.Image, serializer=pixels.pack, deserializer=pixels.unpack)
 
@@ -303,7 +314,7 @@ class Cluster:
                     if any(replica.get("node_id") for replica in details["replicas"]):
                         waiting_since = time.monotonic()  # one has found its node and is loading
                     elif time.monotonic() - waiting_since > settings.general("RAY_PLACEMENT_TIMEOUT"):
-                        raise ModelLoadFailed(_no_room(model))
+                        raise ModelUnavailable(_no_room(model), retry_after=_RETRY_AFTER_S)
                 time.sleep(_CHECK_S)
             raise ModelUnavailable(f"the model {model} was stopped while it was starting")
         except BaseException:
@@ -404,6 +415,9 @@ class Cluster:
     # Watching
 
     def _poll(self) -> None:
+        """Keep what is known of the models up to date, until ``close``, or until Ray Serve has been shut down."""
+        import ray
+
         while not self._closing.wait(_POLL_S):
             try:
                 found = self._details()
@@ -412,6 +426,9 @@ class Cluster:
                 if self._answers and not self._closing.is_set():
                     logger.warning("Ray Serve's controller does not answer: %s", error)
                 self._answers = False
+                # Not one that is only away, as with its node: Ray starts that one again.
+                if isinstance(error.__cause__, ray.exceptions.ActorDiedError):
+                    return
                 continue
             for app in list(self._apps.values()):
                 details = found.get(app.name)
@@ -437,10 +454,13 @@ class Cluster:
                 try:
                     return response.result(timeout_s=_CHECK_S)
                 except TimeoutError:
-                    if app.gone:
-                        raise ModelUnavailable(f"the model {app.model} was stopped", retry_after=1) from None
-                    if not self._answers and response._replica_result is None:  # no replica has it
-                        raise _head_is_silent() from None
+                    if response._replica_result is None:  # no replica has it
+                        if app.gone:
+                            raise _was_stopped(app.model) from None
+                        if not self._answers:
+                            raise _head_is_silent() from None
+                    # What a replica has of a model that was stopped may finish. When the grace period is over, Ray
+                    # Serve ends the replica, and the engine's jobs end too, so that nobody waits any more.
                     if not is_wanted():
                         raise ModelUnavailable("nobody waits for it any more") from None
         except (ModelUnavailable, EOFError, OSError):
@@ -454,8 +474,12 @@ def _handle(name: str) -> Any:
     return serve.get_deployment_handle(DEPLOYMENT, name)
 
 
+def _was_stopped(model: str) -> ModelUnavailable:
+    return ModelUnavailable(f"the model {model} was stopped", retry_after=1)
+
+
 def _head_is_silent() -> ModelUnavailable:
-    return ModelUnavailable("the head of the Ray cluster does not answer", retry_after=5)
+    return ModelUnavailable("the head of the Ray cluster does not answer", retry_after=_RETRY_AFTER_S)
 
 
 def _replicas(details: dict[str, Any]) -> list[dict[str, Any]]:
@@ -517,7 +541,9 @@ def _require_listener(address: str) -> None:
     try:
         socket.create_connection((host, int(port)), _CONNECT_TIMEOUT_S).close()
     except OSError as error:
-        raise ModelLoadFailed(f"no Ray cluster answers at {address} (RAY_ADDRESS): {error}", retry_after=5) from None
+        raise ModelUnavailable(
+            f"no Ray cluster answers at {address} (RAY_ADDRESS): {error}", retry_after=_RETRY_AFTER_S
+        ) from None
 
 
 def _collect_modules(staging: str) -> str:

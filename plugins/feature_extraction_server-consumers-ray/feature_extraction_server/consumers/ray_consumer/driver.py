@@ -2,8 +2,8 @@
 
     python -m feature_extraction_server.consumers.ray_consumer.driver SOCKET
 
-The engine hands it sockets by that one, and a thread serves each. It ends when the engine has gone, and Ray ends it
-when the cluster has gone: the engine starts another one with the next model.
+The engine hands it sockets by that one, and a thread serves each. It ends when the engine has gone or Ray Serve
+was shut down, and Ray ends it when the cluster has gone: the engine starts another one with the next model.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ logger = logging.getLogger(MODULE)  # in the process itself, __name__ is another
 
 
 def main(file_descriptor: int) -> None:
-    """Serve the sockets that come, until the engine has gone."""
+    """Serve the sockets that come, until the engine has gone, or Ray Serve."""
     subprocesses.ignore_signals()
     control = socket.socket(fileno=file_descriptor)
     registry, _, _ = set_up(SettingsManager(), kinds=subprocesses.KINDS)
-    cluster = Cluster(registry)
+    cluster = Cluster(registry, on_loss=lambda: control.shutdown(socket.SHUT_RDWR))  # as if the engine had gone
     while True:
         data, descriptors, _, _ = socket.recv_fds(control, 1, 1)
         if not data:

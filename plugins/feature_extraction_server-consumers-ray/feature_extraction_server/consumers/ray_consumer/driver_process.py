@@ -28,7 +28,7 @@ _current: DriverProcess | None = None
 
 
 def lost() -> ModelUnavailable:
-    """Return the error of whoever waits while the driver ends: Ray ends it where the cluster has gone."""
+    """Return the error of whoever waits while the driver ends, as it does where the cluster or Ray Serve has gone."""
     return ModelUnavailable("the Ray cluster was lost", retry_after=LOST_RETRY_AFTER_S)
 
 
