@@ -73,11 +73,28 @@ def image_captioning(image, config):
     return [["done"] for _ in image]
 """
 DETECTOR = """
+import threading
+release = threading.Event()
+release.set()
 def load_model(): pass
 def object_detection(image, config):
+    release.wait(60)
     boxes = [[10, 15, 30, 30], [0, 0, 8, 6]]
     return [{"boxes": boxes, "labels": ["<b>cat</b>", "dog"], "scores": [0.75, 0.5]} for _ in image]
 """
+COUNT_ADDRESSES = """() => {
+    globalThis.addresses = new Set();
+    const { createObjectURL, revokeObjectURL } = URL;
+    URL.createObjectURL = (file) => {
+        const address = createObjectURL.call(URL, file);
+        addresses.add(address);
+        return address;
+    };
+    URL.revokeObjectURL = (address) => {
+        addresses.delete(address);
+        revokeObjectURL.call(URL, address);
+    };
+}"""
 
 
 def file(name: str, content: bytes, kind: str) -> FilePayload:
@@ -160,6 +177,42 @@ def test_boxes_are_drawn_over_the_picture_where_they_are_with_labels_and_scores(
     shares = (box["x"] - picture["x"]) / picture["width"], (box["y"] - picture["y"]) / picture["height"]
     assert shares == pytest.approx((10 / 40, 15 / 30), abs=0.02)
     assert (box["width"] / picture["width"], box["height"] / picture["height"]) == pytest.approx((0.5, 0.5), abs=0.02)
+
+
+def test_boxes_are_drawn_over_the_picture_that_was_sent(
+    site: MakeSite, open_page: OpenPage, plugin: Callable[..., None]
+) -> None:
+    plugin("models", "detector", DETECTOR)
+    release = importlib.import_module("feature_extraction_server.models.detector").release
+    release.clear()
+    page = open_page(site())
+    choose(page, "object_detection", "detector")
+    page.get_by_label("Image", exact=True).set_input_files(RED_FILE)
+    page.get_by_role("button", name="Run", exact=True).click()
+
+    page.get_by_role("button", name="Remove red.png").click()
+    page.get_by_label("Image", exact=True).set_input_files(BLUE_FILE)
+    release.set()
+
+    expect(page.locator(".frame .box").first).to_be_visible()
+    assert page.locator(".frame img").evaluate("picture => [picture.naturalWidth, picture.naturalHeight]") == [40, 30]
+
+
+def test_pictures_of_an_answer_are_let_go_of_when_the_next_one_comes(
+    site: MakeSite, open_page: OpenPage, plugin: Callable[..., None]
+) -> None:
+    plugin("models", "detector", DETECTOR)
+    page = open_page(site())
+    page.evaluate(COUNT_ADDRESSES)
+    choose(page, "object_detection", "detector")
+    page.get_by_label("Image", exact=True).set_input_files(RED_FILE)
+
+    for _ in range(3):
+        page.get_by_role("button", name="Run", exact=True).click()
+        expect(page.get_by_role("button", name="Run", exact=True)).to_be_visible()
+
+    shown = page.locator(".frame img, .files img").evaluate_all("pictures => pictures.map((picture) => picture.src)")
+    assert sorted(page.evaluate("[...addresses]")) == sorted(shown)
 
 
 def test_lines_of_text_are_drawn_over_the_picture_where_they_were_read(
@@ -292,6 +345,31 @@ def test_image_can_be_dropped_and_pasted(site: MakeSite, open_page: OpenPage, wa
 
     expect(page.get_by_role("list", name="Chosen for Image")).to_contain_text("red.png")
     expect(run(page)).to_contain_text("40x30")
+
+
+@pytest.mark.parametrize("place", ["a text", "no text"])
+def test_text_that_comes_with_a_picture_of_itself_is_pasted_where_texts_are_typed(
+    site: MakeSite, open_page: OpenPage, place: str
+) -> None:
+    page = open_page(site(), permissions=["clipboard-read", "clipboard-write"])
+    choose(page, "zero_shot_image_classification", "fake_echo")
+    page.evaluate(
+        """async (base64) => {
+            const bytes = Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
+            const parts = { "text/plain": "cat\\ndog", "text/html": "<td>cat</td><td>dog</td>", "image/png": bytes };
+            const blobs = Object.entries(parts).map(([type, part]) => [type, new Blob([part], { type })]);
+            await navigator.clipboard.write([new ClipboardItem(Object.fromEntries(blobs))]);
+        }""",
+        base64.b64encode(RED).decode(),
+    )
+
+    if place == "a text":
+        page.get_by_label("Classes", exact=True).focus()
+    page.keyboard.press("Control+v")
+
+    chosen = page.get_by_role("list", name="Chosen for Image").locator("li")
+    expect(page.get_by_label("Classes", exact=True)).to_have_value("cat\ndog" if place == "a text" else "")
+    expect(chosen).to_have_count(0 if place == "a text" else 1)
 
 
 def test_file_can_be_removed_again(site: MakeSite, open_page: OpenPage) -> None:
@@ -520,6 +598,96 @@ def test_server_that_has_gone_is_told(site: MakeSite, open_page: OpenPage) -> No
     expect(page.get_by_role("alert")).to_have_text("The server cannot be reached.")
 
 
+def failing(message: str, status: int = 500, code: str = "error", **headers: str) -> Callable[[Route], None]:
+    body = json.dumps({"error": message, "code": code})
+    return lambda route: route.fulfill(status=status, content_type="application/json", headers=headers, body=body)
+
+
+def test_answer_stays_when_what_the_page_asks_besides_fails(site: MakeSite, open_page: OpenPage) -> None:
+    page = open_page(site())
+    choose(page, "fake_shout", "fake_echo")
+    expect(page.locator("#model-details details")).to_be_visible()
+    page.get_by_label("Text", exact=True).fill("hello")
+    page.route("**/api/models/fake_echo", failing("no details today"))
+
+    page.get_by_role("button", name="Run", exact=True).click()
+
+    expect(page.get_by_role("alert")).to_have_text("no details today")
+    expect(page.get_by_role("tabpanel", name="Answer")).to_have_text("HELLO!")
+    expect(page.locator("#took")).to_contain_text("fake_echo")
+    assert '"HELLO!"' in command(page, "JSON")
+
+
+def test_answer_goes_when_the_next_request_fails(site: MakeSite, open_page: OpenPage) -> None:
+    page = open_page(site())
+    choose(page, "fake_shout", "fake_echo")
+    page.get_by_label("Text", exact=True).fill("hello")
+    answer = run(page)
+    page.route("**/features", failing("no answers any more"))
+
+    page.get_by_role("button", name="Run", exact=True).click()
+
+    expect(page.get_by_role("alert")).to_have_text("no answers any more")
+    expect(answer).to_be_empty()
+    expect(page.locator("#panel-json, #took")).to_have_text(["", ""])
+
+
+def test_page_loads_though_it_asks_for_more_at_once_than_it_may(site: MakeSite, open_page: OpenPage) -> None:
+    page = open_page(site(RATE_LIMIT="10", RATE_LIMIT_BURST="3"))
+
+    expect(page.locator("[data-model]").first).to_be_visible()
+    expect(page.get_by_role("alert")).to_have_count(0)
+    expect(page.get_by_label("Task", exact=True).get_by_role("option", name="Fake shout")).to_be_attached()
+
+
+def test_request_waits_for_its_turn_where_the_page_has_asked_for_much(site: MakeSite, open_page: OpenPage) -> None:
+    page = open_page(site())
+    choose(page, "fake_shout", "fake_echo")
+    page.get_by_label("Text", exact=True).fill("hello")
+    page.route("**/features", failing("too many requests", 429, "rate_limited", **{"Retry-After": "1"}), times=1)
+
+    expect(run(page)).to_have_text("HELLO!")
+    expect(page.get_by_role("alert")).to_have_count(0)
+
+
+def test_request_that_waits_for_its_turn_can_be_cancelled(site: MakeSite, open_page: OpenPage) -> None:
+    page = open_page(site())
+    choose(page, "fake_shout", "fake_echo")
+    page.get_by_label("Text", exact=True).fill("hello")
+    page.route("**/features", failing("too many requests", 429, "rate_limited", **{"Retry-After": "30"}))
+    with page.expect_response("**/features"):
+        page.get_by_role("button", name="Run", exact=True).click()
+
+    page.get_by_role("button", name="Cancel").click()
+
+    expect(page.get_by_role("button", name="Run", exact=True)).to_be_visible(timeout=20_000)
+    expect(page.get_by_role("alert")).to_have_count(0)
+
+
+@pytest.mark.parametrize(
+    ("code", "retry_after", "n_sent"),
+    [
+        pytest.param("rate_limited", "0", 21, id="no turn comes"),
+        pytest.param("rate_limited", "3600", 1, id="the turn comes in an hour"),
+        pytest.param("queue_full", "0", 1, id="full queue"),
+    ],
+)
+def test_refusal_is_told_where_waiting_does_not_help(
+    site: MakeSite, open_page: OpenPage, code: str, retry_after: str, n_sent: int
+) -> None:
+    page = open_page(site())
+    choose(page, "fake_shout", "fake_echo")
+    page.get_by_label("Text", exact=True).fill("hello")
+    sent: list[str] = []
+    page.on("request", lambda request: sent.append(request.url) if request.url.endswith("/features") else None)
+    page.route("**/features", failing("not now", 429, code, **{"Retry-After": retry_after}))
+
+    page.get_by_role("button", name="Run", exact=True).click()
+
+    expect(page.get_by_role("alert")).to_have_text("not now")
+    assert len(sent) == n_sent
+
+
 def test_page_asks_for_the_key_that_the_server_wants_and_shows_it_nowhere(site: MakeSite, open_page: OpenPage) -> None:
     page = open_page(site(API_KEYS="s3same"))
     expect(page.get_by_role("alert").first).to_contain_text("API key")
@@ -532,6 +700,20 @@ def test_page_asks_for_the_key_that_the_server_wants_and_shows_it_nowhere(site: 
     expect(run(page)).to_contain_text("HELLO!")
     assert "Authorization: Bearer YOUR_API_KEY" in command(page, "curl")
     assert "s3same" not in page.content()
+
+
+def test_key_that_no_request_can_have_is_not_taken(site: MakeSite, open_page: OpenPage) -> None:
+    page = open_page(site(API_KEYS="s3same"))
+    key = page.get_by_label("API key")
+    key.fill("ключ")
+    key.press("Enter")
+
+    expect(key).to_be_focused()
+    assert key.evaluate("element => element.validity.patternMismatch")
+    assert page.evaluate("sessionStorage.length") == 0
+    key.fill("s3same")
+    key.press("Enter")
+    expect(page.locator("[data-model]").first).to_be_visible()
 
 
 # Where and how it is used

@@ -268,6 +268,32 @@ def test_api_key_is_sent_as_a_bearer_token(scripted: Scripted) -> None:
     assert "sesame" not in repr(client)
 
 
+def test_line_end_of_the_file_that_a_key_comes_from_is_none_of_it(scripted: Scripted) -> None:
+    server = scripted(OK)
+
+    with Client(server.url, api_key=" sesame\r\n") as client:
+        client.list_tasks()
+
+    assert server.requests[0].headers["Authorization"] == "Bearer sesame"
+
+
+def test_blank_key_is_none(scripted: Scripted) -> None:
+    server = scripted(OK)
+
+    with Client(server.url, api_key="\n") as client:
+        client.list_tasks()
+
+    assert "Authorization" not in server.requests[0].headers
+
+
+@pytest.mark.parametrize("key", ["сезам", "sesamé", "ses\name", "ses\0ame", "ses\udcffame"])
+def test_key_that_no_header_can_have_is_refused_without_being_told(key: str) -> None:
+    with pytest.raises(ValueError, match=r"^the API key has characters that no header can have$") as caught:
+        Client(api_key=key)
+
+    assert caught.value.__context__ is None
+
+
 # Errors
 
 
@@ -319,6 +345,14 @@ def test_silent_server_times_out(scripted: Scripted) -> None:
 
     end.set()
     assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("timeout", [float("inf"), 1e10])
+def test_timeout_may_be_longer_than_a_socket_can_wait(scripted: Scripted, timeout: float) -> None:
+    server = scripted(OK)
+
+    with Client(server.url, timeout=timeout) as client:
+        assert client.list_tasks() == ["fine"]
 
 
 def test_broken_connection_is_tried_once_more(scripted: Scripted) -> None:

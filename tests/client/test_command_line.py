@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import os
 import pty
@@ -317,6 +318,47 @@ def test_standard_input_is_read_for_a_dash(url: str, pictures: Path) -> None:
     assert json.loads(out) == {"image": "-", "result": ["30x8 (255, 0, 0)"]}
 
 
+@pytest.fixture
+def standard_input(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
+    """``standard_input(content)`` is what the command reads, in a locale that bears with nothing."""
+    return lambda content: monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content), "utf-8", "strict"))
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        pytest.param("Bücher\n".encode(), "Bücher", id="line"),
+        pytest.param(b"two\r\nlines\r\n", "two\nlines", id="lines of Windows"),
+        pytest.param("\ufeffBücher".encode(), "Bücher", id="mark of the byte order"),
+        pytest.param(b"", "", id="nothing"),
+    ],
+)
+def test_text_is_read_from_standard_input_for_a_dash(
+    fes: Fes, scripted: Scripted, standard_input: Callable[[bytes], None], content: bytes, text: str
+) -> None:
+    server = scripted((200, {}, "[1.0]"))
+    standard_input(content)
+
+    done = fes("embed", "--text", "-", "--url", server.url)
+
+    assert lines(done) == [{"text": text, "result": [1.0]}]
+    assert json.loads(server.requests[0].body) == {"text": text}
+
+
+@pytest.mark.parametrize(
+    ("content", "byte"), [(b"caf\xe9", 3), (b"\xef\xbb\xbfcaf\xe9", 6)], ids=["latin-1", "after a mark"]
+)
+def test_standard_input_that_is_no_text_is_told(
+    fes: Fes, standard_input: Callable[[bytes], None], content: bytes, byte: int
+) -> None:
+    standard_input(content)
+
+    done = fes("embed", "--text", "-")
+
+    assert (done.status, done.out) == (2, "")
+    assert done.err == f"fes: standard input is not UTF-8 text: byte {byte}\n"
+
+
 def test_name_that_is_no_text_is_printed_all_the_same(url: str, pictures: Path) -> None:
     name = os.fsdecode(b"\xff.png")
     (pictures / "a.png").rename(pictures / name)
@@ -426,6 +468,15 @@ def test_api_key_comes_from_the_environment(fes: Fes, scripted: Scripted, monkey
     fes("plugins", "--url", server.url)
 
     assert server.requests[0].headers["Authorization"] == "Bearer open sesame"
+
+
+def test_key_that_no_header_can_have_is_told_in_a_line_without_it(fes: Fes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FES_API_KEY", "сезам")
+
+    done = fes("tasks")
+
+    assert (done.status, done.out) == (2, "")
+    assert done.err == "fes: the API key has characters that no header can have\n"
 
 
 # About the server

@@ -251,10 +251,13 @@ def test_each_address_has_a_rate_of_its_own_where_there_are_no_keys(client_with:
     assert statuses == [200, 429, 200]
 
 
-def test_health_has_no_rate(client_with: MakeClient) -> None:
+@pytest.mark.parametrize("path", ["/health/live", "/", "/playground/app.js", "/docs", "/openapi.json"])
+def test_health_pages_and_the_description_have_no_rate(client_with: MakeClient, path: str) -> None:
     client = client_with(RATE_LIMIT="0.001", RATE_LIMIT_BURST="1")
 
-    assert [client.get("/health/live").status_code for _ in range(3)] == [200] * 3
+    statuses = [client.get(path, buffered=True).status_code for path in (*[path] * 3, "/api/tasks/list")]
+
+    assert statuses == [200] * 4
 
 
 def test_rate_is_kept_over_time() -> None:

@@ -30,6 +30,8 @@ from feature_extraction_server.client.media import form_body, has_files, json_bo
 DEFAULT_TIMEOUT_S: Final = 630.0
 CONNECT_TIMEOUT_S: Final = 10.0
 MAX_RETRY_AFTER_S: Final = 30
+#: As long as a socket can wait: it counts milliseconds in 31 bits.
+MAX_TIMEOUT_S: Final = 2_147_483.0
 #: Twice what one call of a model takes by default (MAX_BATCH_SIZE): while one batch runs, the next one fills.
 DEFAULT_CONCURRENCY: Final = 64
 
@@ -70,13 +72,13 @@ class Client(Features):
 
     Args:
         url: where the server is, as ``http://localhost:5000``; its path, if any, comes before every route.
-        api_key: sent with every request as a bearer token.
-        timeout: seconds to wait for an answer.
+        api_key: sent with every request as a bearer token. Spaces and line ends around it are none of it.
+        timeout: seconds to wait for an answer, 24 days at most.
         retries: how often a request is sent again where the server says when to come back (429 and 503 with
             Retry-After; at most 30 seconds are waited each time). A model that cannot be loaded is asked for once.
 
     Raises:
-        ValueError: the URL is none.
+        ValueError: the URL is none, or the key has characters that are not printable ASCII.
     """
 
     def __init__(
@@ -94,9 +96,11 @@ class Client(Features):
         if parsed.scheme not in ("http", "https") or not parsed.host:
             raise ValueError(f"{url!r} is not the URL of a server; one is http://localhost:5000")
         self._headers = {"User-Agent": "feature_extraction_server-client", "Accept": "application/json"}
-        if api_key:
-            self._headers["Authorization"] = f"Bearer {api_key}"
-        self._timeout = timeout
+        if key := (api_key or "").strip():
+            if not (key.isascii() and key.isprintable()):
+                raise ValueError("the API key has characters that no header can have")
+            self._headers["Authorization"] = f"Bearer {key}"
+        self._timeout = timeout = min(timeout, MAX_TIMEOUT_S)
         self._pool = urllib3.PoolManager(
             maxsize=DEFAULT_CONCURRENCY,
             blocksize=_BLOCK_BYTES,

@@ -102,6 +102,15 @@ def _is_of(kind: str, file: Path) -> bool:
 
 
 def read_text(text: str) -> Value:
-    """Return a text of the command line; ``-`` stands for standard input."""
-    text = sys.stdin.read().removesuffix("\n") if text == "-" else text
+    """Return a text of the command line; ``-`` stands for standard input.
+
+    Raises:
+        UsageError: standard input is not UTF-8.
+    """
+    if text == "-":
+        try:
+            text = sys.stdin.buffer.read().decode().removeprefix("\ufeff")  # not utf-8-sig, which miscounts the bytes
+            text = text.replace("\r\n", "\n").removesuffix("\n")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"standard input is not UTF-8 text: byte {error.start}") from None
     return Value(text, text)

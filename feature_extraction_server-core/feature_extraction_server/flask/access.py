@@ -97,7 +97,7 @@ def _require_key(app: Flask, keys: Sequence[str]) -> None:
     encoded = [key.encode() for key in keys]
 
     def check() -> None:
-        if request.path.startswith(HEALTH) or _is_public(app):
+        if _is_for_everybody(app):
             return
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
         token = given.strip().encode()
@@ -110,9 +110,10 @@ def _require_key(app: Flask, keys: Sequence[str]) -> None:
     app.before_request(check)
 
 
-def _is_public(app: Flask) -> bool:
-    """Tell whether the route's view says that it gives out what every visitor may have: a page's own files."""
-    return getattr(app.view_functions.get(request.endpoint or ""), "is_public", False)
+def _is_for_everybody(app: Flask) -> bool:
+    """Tell whether neither keys nor rates count: for health checks, and what its view says every visitor may have."""
+    view = app.view_functions.get(request.endpoint or "")
+    return request.path.startswith(HEALTH) or getattr(view, "is_public", False)
 
 
 # Rates
@@ -150,7 +151,7 @@ class RateLimiter:
 
 def _limit_rate(app: Flask, limiter: RateLimiter) -> None:
     def check() -> None:
-        if request.path.startswith(HEALTH):
+        if _is_for_everybody(app):
             return
         who = g.get("api_key", request.remote_addr)
         if wait_s := limiter.take(who, time.monotonic()):

@@ -122,7 +122,7 @@ def document(application: ApplicationInterface, flask_app: Flask) -> JsonObject:
     """Return the OpenAPI document: the descriptions of all api plugins that have one.
 
     Args:
-        flask_app: has all their routes by now, and knows which of them need no key.
+        flask_app: has all their routes by now, and knows which of them are for everybody.
     """
     paths: JsonObject = {}
     tags = {task: task_description(application.registry, task) for task in application.list_tasks()}
@@ -155,14 +155,13 @@ def _add_access_errors(paths: JsonObject, application: ApplicationInterface, pub
     """Add what a route may answer to whom it does not serve: a foreign page, one without a key, one in haste."""
     has_keys, has_rate = bool(application.settings.api_keys()), bool(application.settings.rate_limit.get())
     for path, item in paths.items():
-        is_health = path.startswith(HEALTH)
         for method, described in item.items():
             if isinstance(described, dict) and "responses" in described:
-                needs_no_key = is_health or (path, method) in public
-                if has_keys and needs_no_key:
+                is_for_everybody = path.startswith(HEALTH) or (path, method) in public
+                if has_keys and is_for_everybody:
                     described["security"] = []
-                errors = [401] if has_keys and not needs_no_key else []
-                errors += [429] if has_rate and not is_health else []
+                errors = [401] if has_keys and not is_for_everybody else []
+                errors += [429] if has_rate and not is_for_everybody else []
                 errors += [] if method == "get" else [403]
                 described["responses"] = error_responses(errors) | described["responses"]
 

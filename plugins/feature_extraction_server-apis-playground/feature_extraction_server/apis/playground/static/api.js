@@ -18,7 +18,11 @@ export const hasKey = () => sessionStorage.getItem(KEY) !== null;
 
 export const setKey = (key) => sessionStorage.setItem(KEY, key);
 
-async function ask(target, options = {}) {
+// The page asks for more than a server may let through (RATE_LIMIT), which has done nothing of what it refuses so.
+const MAX_REPEATS = 20;
+const MAX_WAIT_S = 30;
+
+async function ask(target, options = {}, repeats = MAX_REPEATS) {
   if (hasKey()) options.headers = { ...options.headers, Authorization: `Bearer ${sessionStorage.getItem(KEY)}` };
   let response;
   try {
@@ -33,6 +37,15 @@ async function ask(target, options = {}) {
     body = JSON.parse(text);
   } catch {
     throw new ServerError(`The server answered ${response.status} ${response.statusText} without JSON.`);
+  }
+  const wait = Number(response.headers.get("Retry-After") ?? Infinity);
+  if (body.code === "rate_limited" && repeats && wait <= MAX_WAIT_S) {
+    await new Promise((resolve) => {
+      // Up to twice as long, so that what was refused together does not come together again.
+      setTimeout(resolve, 1000 * wait * (1 + Math.random()));
+      options.signal?.addEventListener("abort", resolve);
+    });
+    return ask(target, options, repeats - 1);
   }
   if (response.status === 401) document.dispatchEvent(new Event("key-wanted"));
   if (!response.ok) throw new ServerError(body.error ?? `The server answered ${response.status}.`, body.field ?? null);

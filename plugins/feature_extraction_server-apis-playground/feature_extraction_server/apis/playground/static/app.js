@@ -8,7 +8,7 @@ import { FieldProblem, makeConfigField, makeField, readFields, showProblem } fro
 import { Models } from "./models.js";
 import { words } from "./schema.js";
 
-const state = { tasks: new Map(), task: null, fields: [], configOf: null, abort: null, lastVectors: new Map() };
+const state = { tasks: new Map(), task: null, fields: [], configOf: null, abort: null, pictures: [], lastVectors: new Map() };
 
 const models = new Models(onModel, (error) => showError(error));
 
@@ -101,6 +101,9 @@ document.addEventListener("keydown", (event) => {
   }
 });
 document.addEventListener("paste", (event) => {
+  // Spreadsheets and word processors copy a picture of the text along with it.
+  const isTyping = event.target.matches?.("textarea, input:not([type=file], [type=radio])");
+  if (isTyping && event.clipboardData?.types.includes("text/plain")) return;
   const files = [...(event.clipboardData?.files ?? [])];
   for (const field of state.fields) {
     const fitting = field.accepts ? files.filter((file) => field.accepts(file)) : [];
@@ -137,8 +140,12 @@ async function send() {
     if (abort.signal.aborted) return;
     show(task, model, values, answer, performance.now() - began);
   } catch (error) {
-    if (error.name === "AbortError") say("Cancelled");
-    else showError(error);
+    if (error.name === "AbortError") {
+      say("Cancelled");
+    } else {
+      for (const id of ["panel-view", "panel-json", "took"]) byId(id).replaceChildren();
+      showError(error);
+    }
     if (state.task.task === task) showCommands(task, model, values);
   } finally {
     clearInterval(progress);
@@ -181,11 +188,14 @@ function showProgress(began) {
 
 function show(task, model, values, answer, milliseconds) {
   const { batch_fields: batchFields } = state.task;
-  const images = state.fields.filter((field) => field.kind === "image").flatMap((field) => field.addresses());
+  // Of what was sent: the fields may hold other files by now.
+  const files = state.fields.filter((field) => field.kind === "image").flatMap((field) => values[field.key] ?? []);
+  for (const address of state.pictures) URL.revokeObjectURL(address);
+  state.pictures = files.map((file) => URL.createObjectURL(file));
   const source = `${task}/${model}`;
   const context = {
     values,
-    images,
+    images: state.pictures,
     isBatch: batchFields.some((key) => Array.isArray(values[key]) && values[key].length > 1),
     lastVector: state.lastVectors.get(source),
   };
@@ -230,11 +240,6 @@ function showError(error) {
   const field = error instanceof FieldProblem ? error.field : fieldNamed(key);
   byId("error").textContent = error.message;
   byId("error").hidden = false;
-  if (!(error instanceof FieldProblem)) {
-    byId("panel-view").replaceChildren();
-    byId("panel-json").replaceChildren();
-    byId("took").textContent = "";
-  }
   if (!field) return;
   showProblem(field, error.message);
   field.element.closest("details")?.setAttribute("open", "");

@@ -116,7 +116,6 @@ function mediaField(field, medium, what) {
     body: h("div", {}, input, zone, recording, list),
     accepts: (file) => file.type.startsWith(`${medium}/`),
     add,
-    addresses: () => files.map((entry) => entry.address),
     read: () => (files.length ? files.map((entry) => entry.file) : undefined),
     dispose: removeAll,
   };
