@@ -68,8 +68,13 @@ def test_the_model_that_was_idle_longest_makes_room(build: Build, three: list[st
 
 
 def test_a_preloaded_model_that_failed_is_started_again_where_there_is_room(
-    build: Build, three: list[str], plugin: Callable[[str, str, str], None], picture: str
+    build: Build,
+    three: list[str],
+    plugin: Callable[[str, str, str], None],
+    picture: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("feature_extraction_server.core.model.MIN_RETRY_DELAY_S", 0)
     plugin("models", "room_d", MODEL.replace("    pass", "    raise OSError('no hub yet')", 1))
     engine = build(PRELOAD_MODELS="room_d", MAX_LOADED_MODELS="1", LOAD_RETRY_DELAY="0.05")
     engine.preload()

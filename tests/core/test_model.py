@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -369,7 +369,7 @@ def test_a_failed_model_that_is_to_run_is_loaded_again_less_and_less_often(
 ) -> None:
     model = make(replace(SOON, load_retry_delay=10))
     clock = 1000.0
-    monkeypatch.setattr("feature_extraction_server.core.model.time.monotonic", lambda: clock)
+    monkeypatch.setattr("feature_extraction_server.core.model.time", SimpleNamespace(monotonic=lambda: clock))
     fake.load_error = OSError("no hub")
     loaded_at = []
 

@@ -232,7 +232,7 @@ def test_an_answer_that_stalls_half_way_counts_as_the_end(tmp_path: Path, monkey
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(tmp_path / "socket"))
         listener.listen()
-        channel = wire.connect(str(tmp_path / "socket"), 0.1)
+        channel = wire.connect(str(tmp_path / "socket"), 0.1, WAIT_S)
         frozen, _ = listener.accept()
         with frozen:
             frozen.sendall(b"half a he")

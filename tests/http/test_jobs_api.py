@@ -565,6 +565,24 @@ def test_a_job_waits_for_a_model_whose_load_failed_for_a_passing_reason(
     assert (job["state"], job["result"]) == ("succeeded", ["1 wide"])
 
 
+def test_who_waits_for_a_job_is_answered_at_the_end_of_the_process(
+    build: Callable[..., Engine], gated: Any, pool: ThreadPoolExecutor
+) -> None:
+    engine = build()
+    client = create_app(engine).test_client()
+    location = submit(client, GATED, 1)
+    wait_until(lambda: gated.calls == [[1]])
+    runner = engine.jobs
+    assert runner is not None
+    answer = pool.submit(client.get, location + WAIT)
+    wait_until(lambda: bool(runner._waiting))
+
+    gated.passes.release()
+    runner.close()
+
+    assert answer.result(TIMEOUT_S).status_code == 200
+
+
 def test_who_waits_for_a_job_keeps_no_other_request_from_its_turn(client_with: MakeClient, gated: Any) -> None:
     client = client_with()
     location = submit(client, GATED, 1)

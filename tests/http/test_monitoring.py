@@ -224,8 +224,17 @@ def test_server_stays_ready_when_a_model_to_preload_is_stopped_but_not_when_it_f
     with pytest.raises(ModelUnavailable):
         engine.start("fake_echo", wait=True)
     failed = client.get("/health/ready")
+    may_load = threading.Event()
+    monkeypatch.setattr("feature_extraction_server.models.fake_echo.load_model", lambda: may_load.wait(TIMEOUT_S))
+    engine.start("fake_echo")
+    wait_until(lambda: engine.status("fake_echo")["state"] == "loading")
+    loading_again = client.get("/health/ready")
+    may_load.set()
+    engine.start("fake_echo", wait=True)
+    loaded_again = client.get("/health/ready")
 
-    assert (stopped.status_code, failed.status_code) == (200, 503)
+    answers = (stopped, failed, loading_again, loaded_again)
+    assert [answer.status_code for answer in answers] == [200, 503, 503, 200]
     assert "division by zero" in failed.get_json()["reason"]
 
 

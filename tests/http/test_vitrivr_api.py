@@ -237,6 +237,16 @@ def test_a_job_is_found_only_where_it_was_handed_in(vitrivr: FlaskClient, path: 
     assert vitrivr.get("/api/tasks/image-captioning/jobs/nonsense").status_code == 404
 
 
+def test_a_job_that_the_jobs_api_took_as_a_list_is_told_as_one(vitrivr: FlaskClient) -> None:
+    body = {"image": [image_url(width) for width in (1, 2)], "config": {}}
+    id = json_of(vitrivr.post("/api/tasks/image_captioning/models/fake_echo/jobs", json=body))["id"]
+
+    answers = [json_of(vitrivr.get(f"/api/tasks/image_captioning/{way}jobs/{id}")) for way in ("", "batched/")]
+
+    assert answers[0] == answers[1]
+    assert [list(one) for one in answers[0]["result"]] == [["caption"], ["caption"]]
+
+
 def test_both_apis_see_the_same_jobs(vitrivr: FlaskClient) -> None:
     id = json_of(vitrivr.post("/api/tasks/image-captioning/fake-echo/jobs", json={"image": image_url()}))["id"]
 

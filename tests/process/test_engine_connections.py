@@ -67,7 +67,7 @@ class Engine:
         (self._folder / what).touch()
 
     def connect(self) -> Channel:
-        channel = connect(str(self.client.shared_directory / "engine"), WAIT_S)
+        channel = connect(str(self.client.shared_directory / "engine"), WAIT_S, WAIT_S)
         self._opened.append(channel)
         return channel
 

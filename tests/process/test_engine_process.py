@@ -248,7 +248,10 @@ def test_preloaded_models_start_again_when_the_engine_has_died(
     wait_until(lambda: log.read_text().count("The model fake_slow is running") == 2)  # without any request
 
 
-def test_a_preloaded_model_that_cannot_be_loaded_yet_is_loaded_when_it_can(gunicorn: Gunicorn, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("server_kind", "options"), [("gunicorn", ["--preload"]), ("dev_server", [])])
+def test_a_preloaded_model_that_cannot_be_loaded_yet_is_loaded_when_it_can(
+    request: pytest.FixtureRequest, server_kind: str, options: list[str], tmp_path: Path
+) -> None:
     plugins = tmp_path / "plugins"
     models = plugins / "feature_extraction_server" / "models"
     models.mkdir(parents=True)
@@ -257,7 +260,8 @@ def test_a_preloaded_model_that_cannot_be_loaded_yet_is_loaded_when_it_can(gunic
         f"def load_model(): open({str(weights)!r}).close()\ndef image_captioning(image): pass\n"
     )
     path = os.pathsep.join([str(plugins), *server_environment(tmp_path)["PYTHONPATH"].split(os.pathsep)])
-    server = gunicorn("--preload", PRELOAD_MODELS="late", LOAD_RETRY_DELAY="0.1", PYTHONPATH=path)
+    start: Gunicorn = request.getfixturevalue(server_kind)
+    server = start(*options, PRELOAD_MODELS="late", LOAD_RETRY_DELAY="0.1", PYTHONPATH=path)
     wait_until(lambda: server.get("/api/models/late/status").json()["counts"]["failed_loads"] > 1)
     before = server.get("/health/ready")
 

@@ -14,6 +14,7 @@ from flask.testing import FlaskClient
 from PIL import Image
 
 from feature_extraction_server.core.engine import Engine
+from feature_extraction_server.core.model_process import ModelProcess
 from feature_extraction_server.flask.app import create_app
 from tests.conftest import Server, encode_image
 from tests.waiting import wait_until
@@ -188,6 +189,30 @@ def test_of_requests_that_share_a_call_only_the_one_that_kills_the_process_fails
 
     assert running.result(WAIT_S).status_code == 200
     assert [answer.result(WAIT_S).status_code for answer in answers] == [200, 200, 503, 200]
+
+
+def test_a_process_that_dies_again_while_it_loads_is_not_started_for_each_request_of_a_call(
+    client: FlaskClient, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spawn, spawned = ModelProcess.spawn, list[ModelProcess]()
+
+    def count(process: ModelProcess) -> None:
+        spawned.append(process)
+        spawn(process)
+
+    ask(client, 40)
+    running = pool.submit(ask, client.application.test_client(), 7)
+    wait_until(lambda: status(client)["running_jobs"] == 1)
+    answers = [pool.submit(ask, client.application.test_client(), width) for width in (2, 40, 41, 42)]
+    wait_until(lambda: status(client)["queue_depth"] == 4)
+
+    monkeypatch.setenv("FAKE_FRAGILE_DIES", "1")
+    monkeypatch.setattr(ModelProcess, "spawn", count)
+
+    assert running.result(WAIT_S).status_code == 200
+    assert [answer.result(WAIT_S).status_code for answer in answers] == [503] * 4
+    wait_until(lambda: status(client)["state"] == "failed")
+    assert len(spawned) == 3  # one for each half of the call, and one to go on with
 
 
 def test_stopping_lets_all_replicas_finish(build: Build, pool: ThreadPoolExecutor) -> None:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any, Final
 
 from feature_extraction_server.core.application import ApplicationInterface
-from feature_extraction_server.core.errors import DeadlineExceeded, ModelLoadFailed, ModelUnavailable, ServerError
+from feature_extraction_server.core.errors import DeadlineExceeded, ModelUnavailable, ServerError
 from feature_extraction_server.core.jobs import Call, Job
 from feature_extraction_server.core.logs import LogServer
 from feature_extraction_server.core.model import Model, State
@@ -52,7 +52,7 @@ class Engine(ApplicationInterface):
         """Queue a job, and start its model where it does not run.
 
         Raises:
-            QueueFull, ModelLoadFailed: as ``Model.submit`` does.
+            QueueFull, ModelLoadFailed, ModelUnavailable: as ``Model.submit`` does.
             ModelUnavailable: MAX_LOADED_MODELS others are loaded, and none of them was idle before the deadline.
         """
         if self._max_loaded and not self.models[model].is_active:
@@ -95,7 +95,7 @@ class Engine(ApplicationInterface):
         ends = (State.RUNNING, State.FAILED, State.STOPPED)
         state = self._model(model).wait_for_state(ends, self._deadline())
         if state is State.FAILED:
-            raise ModelLoadFailed(self.status(model)["error"] or f"the model {model} failed to load")
+            raise self._model(model).failure()
         if state is State.STOPPED:
             raise ModelUnavailable(f"the model {model} was stopped while it was starting")
 

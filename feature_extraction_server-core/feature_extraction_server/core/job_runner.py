@@ -186,7 +186,8 @@ class JobRunner:
             return job
         with self._told_of_end(id) as ended:
             while True:
-                job = self._find(id)
+                with suppress(sqlite3.ProgrammingError):  # at this process's end, the store may be closed by now
+                    job = self._find(id)
                 remaining = give_up_at - time.monotonic()
                 # At this process's end, another one runs it, and tells who asks again.
                 if job.has_ended or remaining <= 0 or self._closing.is_set():
@@ -392,8 +393,9 @@ class JobRunner:
             try:
                 self._save(self._outcome(run, record))
             except Exception:  # a result that is larger than the store takes, say
-                logger.exception("What came of the job %s cannot be stored", run.job.id)
-                self._try_to_fail(run)
+                if not self._closing.is_set():  # otherwise, the store is closed
+                    logger.exception("What came of the job %s cannot be stored", run.job.id)
+                    self._try_to_fail(run)
             finally:
                 self._end(run)
             run = self._claim()
@@ -403,8 +405,7 @@ class JobRunner:
         try:
             self._save(partial(run.store.fail, run.job, error.body()))
         except Exception:
-            if not self._closing.is_set():  # otherwise, the store is closed
-                logger.exception("What came of the job %s is lost", run.job.id)
+            logger.exception("What came of the job %s is lost", run.job.id)
 
     def _end(self, run: _Run) -> None:
         with self._changed:

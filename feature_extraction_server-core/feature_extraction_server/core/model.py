@@ -49,7 +49,9 @@ class State(StrEnum):
     FAILED = "failed"
 
 
-#: How many times as long as the retry delay a model waits at most that is started again by itself.
+#: How long a model that has failed waits at least until it is started again by itself, and how many times the retry
+#: delay it waits at most.
+MIN_RETRY_DELAY_S: Final = 1.0
 MAX_RETRY_DELAYS: Final = 32
 _STARTING: Final = (State.STARTING, State.LOADING)
 _ON_ITS_WAY: Final = (State.STARTING, State.LOADING, State.RUNNING)
@@ -253,6 +255,7 @@ class Model:
         self._state_since = time.monotonic()
         self._load_seconds: float | None = None
         self._n_loads = self._n_failed_loads = self._n_failed_in_a_row = 0
+        self._has_failed = False  # since it was last loaded
         self._n_jobs = self._n_items = self._n_failures = 0
         self._last_used = time.monotonic()
         self._measuring = threading.Lock()
@@ -275,10 +278,9 @@ class Model:
 
         The delay doubles with each load that fails, up to ``MAX_RETRY_DELAYS`` times its length.
         """
-        self.notice_dead_consumer()
         with self._changed:
             n_delays = min(2 ** max(0, self._n_failed_in_a_row - 1), MAX_RETRY_DELAYS)
-            retry_at = self._state_since + n_delays * self.options.load_retry_delay
+            retry_at = self._state_since + n_delays * max(self.options.load_retry_delay, MIN_RETRY_DELAY_S)
             if self._state is not State.FAILED or time.monotonic() < retry_at:
                 return
             run = self._new_run()
@@ -314,9 +316,8 @@ class Model:
         """
         self.notice_dead_consumer()
         with self._changed:
-            wait = self._retry_at - time.monotonic()
-            if self._state is State.FAILED and wait > 0:
-                raise self._failure(self._error or "", retry_after=wait)
+            if self._state is State.FAILED and self._retry_at > time.monotonic():
+                raise self.failure()
             run = self._start_locked()
             # A stopping model takes no more into this life: the job waits for the next one.
             queue = self._next_queue if self._state is State.STOPPING else self._current_run().queue
@@ -457,10 +458,19 @@ class Model:
             }
 
     def overview(self) -> dict[str, Any]:
-        """Return ``status()`` and, as ``tasks``, what was measured of each task since the engine's start."""
+        """Return ``status()`` and what was measured of each task since the engine's start, as ``tasks``.
+
+        ``has_started`` is whether it has been loaded since then, and has not failed since that.
+        """
         status = self.status()
         with self._measuring:
-            return status | {"tasks": {task: measured.told() for task, measured in self._measured.items()}}
+            tasks = {task: measured.told() for task, measured in self._measured.items()}
+        return status | {"tasks": tasks, "has_started": self._n_loads > 0 and not self._has_failed}
+
+    def failure(self) -> ModelUnavailable:
+        """Return what requests are told of a model that has failed to load."""
+        reason = self._error or f"the model {self.name} failed to load"
+        return self._failure(reason, retry_after=max(0.0, self._retry_at - time.monotonic()))
 
     @property
     def state(self) -> State:
@@ -530,6 +540,7 @@ class Model:
             self._load_seconds = round(seconds, 3)
             self._n_loads += 1
             self._n_failed_in_a_row = 0
+            self._has_failed = False
             if self._state is State.LOADING:
                 self._set_state(State.RUNNING)
         logger.info("The model %s was loaded in %.1f s", self.name, seconds)
@@ -586,6 +597,7 @@ class Model:
             while_loading = self._state in _STARTING
             jobs, run_next = self._leave(run, message)
             if while_loading:
+                self._n_failed_in_a_row += 1
                 self._retry_at = time.monotonic() + self.options.load_retry_delay
         fail_all(jobs, ModelUnavailable(message, retry_after=retry_after))
         self._launch(run_next)
@@ -618,6 +630,7 @@ class Model:
         if self._state is State.STOPPING:
             self._set_state(State.STOPPED)
             return jobs, self._new_run() if self._restart else None
+        self._has_failed = True
         self._set_state(State.FAILED, reason)
         return jobs, None
 

@@ -87,8 +87,10 @@ class ModelProcess:
             self.spawn()
         try:
             self._note(self._call("load_model"))
-        except BaseException:
+        except BaseException as error:
             self.unload_model()
+            if type(error) is ModelUnavailable and error.retry_after is None:  # the process died: so will the next one
+                raise ModelLoadFailed(error.message) from None
             raise
 
     def _note(self, provenance: dict[str, str | None]) -> None:

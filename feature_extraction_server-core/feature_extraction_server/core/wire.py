@@ -236,19 +236,18 @@ def set_timeout(connected: socket.socket, option: int, seconds: float) -> None:
     connected.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", whole, part))
 
 
-def connect(path: str, patience_s: float, timeout_s: float | None = None) -> Channel:
+def connect(path: str, patience_s: float, timeout_s: float) -> Channel:
     """Connect to a listening Unix socket.
 
     Args:
         patience_s: see ``Channel.set_patience``.
-        timeout_s: how long to wait where more wait to be let in than the listener has room for; None: for ever.
+        timeout_s: how long to wait where more wait to be let in than the listener has room for.
 
     Raises:
         OSError: nobody listens there; BlockingIOError where it was not let in in time.
     """
     client = socket.socket(socket.AF_UNIX)
-    if timeout_s is not None:
-        set_timeout(client, socket.SO_SNDTIMEO, timeout_s)  # which Python's own timeouts would not wait for
+    set_timeout(client, socket.SO_SNDTIMEO, timeout_s)  # Python's own timeouts would not wait for that
     try:
         client.connect(path)
     except BaseException:

@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         engine.preload()
+        server.service_actions = engine.retry_preloaded  # type: ignore[method-assign]  # called twice a second
         sys.stderr.write(f"Listening on http://{host.get()}:{server.server_port} (development server)\n")
         server.serve_forever()
     except KeyboardInterrupt:

@@ -15,7 +15,7 @@ import ssl
 import threading
 import time
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from selectors import EVENT_READ
 from typing import Any, Final
@@ -81,10 +81,11 @@ class _Connection(TConn):  # type: ignore[misc]
     def _init_in_time(self) -> None:
         for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
             set_timeout(self.sock, option, MAX_STALL_S)
-        if self.cfg.is_ssl:
-            with self.sock.dup() as same, cut_off(same, MAX_STALL_S):  # the handshake; the socket becomes another one
-                super().init()
-        else:
+        with ExitStack() as bounded:
+            if self.cfg.is_ssl:
+                with suppress(OSError, RuntimeError):  # no file descriptor or thread is left: it has no bound
+                    # The handshake, for which the socket becomes another one.
+                    bounded.enter_context(cut_off(bounded.enter_context(self.sock.dup()), MAX_STALL_S))
             super().init()
         if self.is_http2:
             return

@@ -82,14 +82,10 @@ class Readiness:
         except DeadlineExceeded as error:
             last = self._last
             return last[1] if last is not None and time.monotonic() < last[0] + REMEMBERED_S else error.message
-        waiting = [name for name in self._models if not _has_started(states.get(name))]
+        waiting = [name for name in self._models if not states.get(name, {}).get("has_started")]
         reason = "; ".join(_reason(name, states.get(name)) for name in waiting) or None
         self._last = time.monotonic(), reason
         return reason
-
-
-def _has_started(told: dict[str, Any] | None) -> bool:
-    return told is not None and told["counts"]["loads"] > 0 and told["state"] != State.FAILED
 
 
 def _reason(name: str, told: dict[str, Any] | None) -> str:

@@ -161,12 +161,13 @@ def _add_jobs(application: ApplicationInterface, add: Add) -> None:
         task = _snake(task, application.list_tasks())
         application.require_task(task)
         job = jobs.get(id, hold_s)
-        is_as_asked = application.registry.spec(task) is None or (job.n_items is not None) == batched
-        if job.task != task or not is_as_asked:
+        has_many = batched if application.registry.spec(task) is None else job.n_items is not None
+        # The jobs API takes lists where this one takes one value, and its jobs are asked for here as well.
+        if job.task != task or (batched and not has_many):
             raise NotFound(f"the job {id[:80]!r} was not handed in here")
         answer: dict[str, Any] = {"status": _STATUS[job.state], "result": None}
         if job.state is JobState.SUCCEEDED:
-            answer["result"] = [as_object(task, one) for one in job.result] if batched else as_object(task, job.result)
+            answer["result"] = [as_object(task, one) for one in job.result] if has_many else as_object(task, job.result)
         elif job.error is not None:  # this client takes no reason
             logger.warning("The job %s (%s, %s) failed: %s", job.id, job.task, job.model, job.error["error"])
         return answer
@@ -313,7 +314,8 @@ def _describe_jobs(application: ApplicationInterface, task: str, *, batched: boo
         "type": "object",
         "description": "The result of one item, by the names that vitrivr-engine reads",
     }
-    result: JsonObject = {"anyOf": [{"type": "array", "items": one} if batched else one, {"type": "null"}]}
+    many: JsonObject = {"type": "array", "items": one}
+    result: JsonObject = {"anyOf": [*([] if batched else [one]), many, {"type": "null"}]}
     answer = {"type": "object", "properties": {"status": status, "result": result}, "required": ["status", "result"]}
     post = operation(
         f"Hand in a {kind}",

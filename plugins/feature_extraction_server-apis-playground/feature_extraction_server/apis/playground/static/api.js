@@ -43,7 +43,7 @@ async function ask(target, options = {}, repeats = MAX_REPEATS) {
     await new Promise((resolve) => {
       // Up to twice as long, so that what was refused together does not come together again.
       setTimeout(resolve, 1000 * wait * (1 + Math.random()));
-      options.signal?.addEventListener("abort", resolve);
+      options.signal?.addEventListener("abort", resolve, { once: true });
     });
     return ask(target, options, repeats - 1);
   }
