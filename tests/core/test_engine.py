@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from feature_extraction_server.core.engine import Engine
-from feature_extraction_server.core.errors import ModelUnavailable
+from feature_extraction_server.core.errors import ModelLoadFailed, ModelUnavailable
 from tests.conftest import encode_image
 from tests.waiting import wait_until
 
@@ -91,6 +91,22 @@ def test_a_preloaded_model_that_failed_is_started_again_where_there_is_room(
 
     assert without_room == ["failed", "running"]
     wait_until(lambda: states(engine, ["room_d"]) == ["running"])
+
+
+def test_a_model_that_has_just_failed_to_load_takes_no_other_s_room(
+    build: Build, three: list[str], plugin: Callable[[str, str, str], None], picture: str
+) -> None:
+    plugin("models", "room_d", MODEL.replace("    pass", "    raise OSError('no such checkpoint')", 1))
+    engine = build(MAX_LOADED_MODELS="1", LOAD_RETRY_DELAY="60")
+    with pytest.raises(ModelLoadFailed):
+        ask(engine, "room_d", picture)
+    ask(engine, "room_a", picture)
+
+    with pytest.raises(ModelLoadFailed, match="no such checkpoint"):
+        ask(engine, "room_d", picture)
+
+    assert states(engine, ["room_a", "room_d"]) == ["running", "failed"]
+    assert engine.status("room_d")["counts"]["failed_loads"] == 1
 
 
 def test_a_start_makes_room_too_and_returns_at_once(build: Build, three: list[str], picture: str) -> None:

@@ -399,6 +399,84 @@ def test_a_picture_that_is_smaller_than_its_file_says_is_refused(monkeypatch: py
         decode_image(PNG, "image", MAX_PIXELS)
 
 
+# What decoding would take besides pixels
+
+
+def with_segments(n: int) -> bytes:
+    """A JPEG with so many segments of Exif data."""
+    jpeg = base64.b64decode(encode_image(RED, "JPEG"))
+    return jpeg[:2] + b"\xff\xe1\x00\x09Exif\0\0\0" * n + jpeg[2:]
+
+
+def with_scans(n: int) -> bytes:
+    """A progressive JPEG with so many more scans, which change nothing."""
+    jpeg = base64.b64decode(encode_image(Image.effect_noise((300, 300), 50), "JPEG", progressive=True))
+    return jpeg[:-2] + bytes.fromhex("ffda0008010100013f10") * n + jpeg[-2:]
+
+
+def jpeg_2000(n_tiles: int, n_components: int) -> bytes:
+    """A row of pixels in JPEG 2000, each a tile of its own, of which only the headers are there."""
+
+    def box(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I4s", 8 + len(data), name) + data
+
+    header = box(b"ihdr", struct.pack(">IIHBBBB", 1, n_tiles, 3, 7, 7, 0, 0)) + box(b"colr", b"\1\0\0\0\0\0\x10")
+    size = struct.pack(">H8IH", 0, n_tiles, 1, 0, 0, 1, 1, 0, 0, n_components) + b"\7\1\1" * n_components
+    codestream = b"\xff\x4f\xff\x51" + struct.pack(">H", 2 + len(size)) + size + b"\xff\xd9"
+    return (
+        box(b"jP  ", b"\r\n\x87\n")
+        + box(b"ftyp", b"jp2 \0\0\0\0jp2 ")
+        + box(b"jp2h", header)
+        + box(b"free", b"")
+        + box(b"jp2c", codestream)
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        pytest.param(with_segments(100_000), "100 segments of Exif", id="Exif"),
+        pytest.param(with_scans(200_000), "more than 111111 scans", id="scans"),
+        pytest.param(jpeg_2000(1, 16_384), "4 components", id="components"),
+        pytest.param(jpeg_2000(5000, 3), "4096 tiles", id="tiles"),
+        pytest.param(b"P2 2 1 255\n1 " + b"#\n" * 2000 + b" 2 ", "1000 comments", id="comments"),
+        pytest.param(b"P2 3000 3000 255\n" + b"1 " * 9_000_000, "4000000 pixels", id="decoded by Python"),
+    ],
+)
+def test_an_image_that_takes_long_or_much_for_its_pixels_is_refused_before_it_is_decoded(
+    data: bytes, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ImageFile.ImageFile, "load", lambda image: pytest.fail("it was decoded"))
+
+    with pytest.raises(TooLarge, match=reason) as caught:
+        decode_image(encode(data), "image", 10_000_000)
+
+    assert caught.value.field == "image"
+
+
+@pytest.mark.parametrize("data", [with_segments(3), with_scans(20)], ids=["Exif", "scans"])
+def test_an_image_with_a_few_of_what_may_be_too_many_is_read(data: bytes) -> None:
+    assert decode_image(encode(data), "image", MAX_PIXELS).mode == "RGB"
+
+
+def test_a_tiff_with_very_many_strips_makes_no_object_of_each() -> None:
+    n = 200_000
+    entries = [(256, 4, 1, 1), (257, 4, 1, 2), (258, 3, 1, 8), (262, 3, 1, 1), (273, 1, n, 200), (278, 4, 1, 1)]
+    listed = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    tiff = struct.pack("<2sHIH", b"II", 42, 8, len(entries)) + listed + bytes(4)
+    tiff = tiff.ljust(200, b"\0") + b"\x08" * n
+
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidInput):
+            decode_image(encode(tiff), "image", MAX_PIXELS)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert peak < 20 * n
+
+
 # Recordings
 
 TONE = (0.5 * np.sin(np.arange(RATE_HZ) * 2 * np.pi * 440 / RATE_HZ)).astype(np.float32)

@@ -56,6 +56,7 @@ class Engine(ApplicationInterface):
             ModelUnavailable: MAX_LOADED_MODELS others are loaded, and none of them was idle before the deadline.
         """
         if self._max_loaded and not self.models[model].is_active:
+            self.models[model].require_retry()  # before another one makes room for it
             self._start_in_turn(model, deadline)
         self.models[model].submit(job)
 

@@ -24,6 +24,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from feature_extraction_server.core import pixels
 from feature_extraction_server.core.cores import N_CORES, all_cores, spread
 from feature_extraction_server.core.errors import InvalidInput, ServerError, TooLarge
+from feature_extraction_server.core.image_limits import excess_of_file, excess_of_picture
 
 if TYPE_CHECKING:
     import numpy as np
@@ -151,6 +152,8 @@ def decode_image(
 
 
 def _decode_image(data: bytes, field: str, max_pixels: int, draft_size: int | None, max_bytes: float) -> Image.Image:
+    if (excess := excess_of_file(data)) is not None:
+        raise _too_much(field, excess)
     # Some formats (icons) decode a picture within the file as soon as they are opened: Pillow's own limit is for those.
     Image.MAX_IMAGE_PIXELS = max_pixels
     try:
@@ -167,6 +170,8 @@ def _decode_image(data: bytes, field: str, max_pixels: int, draft_size: int | No
     n_pixels = image.width * image.height
     if n_pixels > max_pixels:
         raise _too_many_pixels(field, f"{image.width} x {image.height} = {n_pixels}", max_pixels)
+    if (excess := excess_of_picture(data, image, max_pixels)) is not None:
+        raise _too_much(field, excess)
     if n_pixels >= _LARGE_PIXELS:
         spread()
     try:
@@ -190,6 +195,10 @@ def _decode_image(data: bytes, field: str, max_pixels: int, draft_size: int | No
 
 def _too_many_pixels(field: str, found: str, allowed: int) -> TooLarge:
     return TooLarge(f"{field} has {found} pixels; at most {allowed} are allowed (MAX_IMAGE_PIXELS)", field=field)
+
+
+def _too_much(field: str, excess: str) -> TooLarge:
+    return TooLarge(f"{field} is an image with {excess}", field=field)
 
 
 def _too_many_bytes(field: str) -> TooLarge:

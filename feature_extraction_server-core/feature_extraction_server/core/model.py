@@ -316,8 +316,7 @@ class Model:
         """
         self.notice_dead_consumer()
         with self._changed:
-            if self._state is State.FAILED and self._retry_at > time.monotonic():
-                raise self.failure()
+            self.require_retry()
             run = self._start_locked()
             # A stopping model takes no more into this life: the job waits for the next one.
             queue = self._next_queue if self._state is State.STOPPING else self._current_run().queue
@@ -466,6 +465,11 @@ class Model:
         with self._measuring:
             tasks = {task: measured.told() for task, measured in self._measured.items()}
         return status | {"tasks": tasks, "has_started": self._n_loads > 0 and not self._has_failed}
+
+    def require_retry(self) -> None:
+        """Raise ``failure()`` where the model has failed to load less than the retry delay ago."""
+        if self._state is State.FAILED and self._retry_at > time.monotonic():
+            raise self.failure()
 
     def failure(self) -> ModelUnavailable:
         """Return what requests are told of a model that has failed to load."""
