@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from PIL import Image
 
 from feature_extraction_server.core.engine import Engine
 from feature_extraction_server.core.errors import ModelLoadFailed, ModelUnavailable
+from feature_extraction_server.core.jobs import Call, Job
 from tests.conftest import encode_image
 from tests.waiting import wait_until
 
@@ -107,6 +109,47 @@ def test_a_model_that_has_just_failed_to_load_takes_no_other_s_room(
 
     assert states(engine, ["room_a", "room_d"]) == ["running", "failed"]
     assert engine.status("room_d")["counts"]["failed_loads"] == 1
+
+
+def module_of(model: str) -> Any:
+    return importlib.import_module(f"feature_extraction_server.models.{model}")
+
+
+def test_a_stop_calls_off_a_start_that_waits_for_room(
+    build: Build, three: list[str], picture: str, pool: ThreadPoolExecutor
+) -> None:
+    engine = build(MAX_LOADED_MODELS="1", RESULT_CHECK_INTERVAL="0.01")
+    busy = module_of("room_a")
+    busy.may_run.clear()
+    running = pool.submit(ask, engine, "room_a", picture)
+    assert busy.called.wait(WAIT_S)
+
+    engine.start("room_b")
+    engine.stop("room_b", wait=True)
+    busy.may_run.set()
+
+    assert running.result(WAIT_S) == ["done"]
+    time.sleep(0.2)  # many times as long as it waits between two looks for room
+    assert states(engine, three) == ["running", "stopped", "stopped"]
+
+
+def test_a_request_that_is_given_up_while_it_waits_for_room_takes_nobody_s(
+    build: Build, three: list[str], picture: str, pool: ThreadPoolExecutor
+) -> None:
+    engine = build(MAX_LOADED_MODELS="1", RESULT_CHECK_INTERVAL="0.01")
+    busy = module_of("room_a")
+    busy.may_run.clear()
+    running = pool.submit(ask, engine, "room_a", picture)
+    assert busy.called.wait(WAIT_S)
+
+    job = Job(Call("image_captioning", {"image": [None], "config": {}}, ("image",)))
+    waiting = pool.submit(engine.submit, "room_b", job, time.monotonic() + WAIT_S)
+    job.cancel()
+    waiting.result(WAIT_S)
+    busy.may_run.set()
+
+    assert running.result(WAIT_S) == ["done"]
+    assert states(engine, three) == ["running", "stopped", "stopped"]
 
 
 def test_a_start_makes_room_too_and_returns_at_once(build: Build, three: list[str], picture: str) -> None:

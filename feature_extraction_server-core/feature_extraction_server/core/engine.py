@@ -57,7 +57,9 @@ class Engine(ApplicationInterface):
         """
         if self._max_loaded and not self.models[model].is_active:
             self.models[model].require_retry()  # before another one makes room for it
-            self._start_in_turn(model, deadline)
+            self._start_in_turn(model, deadline, lambda: not job.ended)
+            if job.ended:  # who asked has left meanwhile
+                return
         self.models[model].submit(job)
 
     def notice_dead_consumers(self) -> None:
@@ -82,13 +84,18 @@ class Engine(ApplicationInterface):
             self._cache.keep(model, identity + key, answer)
 
     def start(self, model: str, *, wait: bool = False) -> None:
+        n_stops = self._model(model).n_stops
+
+        def is_wanted() -> bool:
+            return self.models[model].n_stops == n_stops
+
         if not self._max_loaded or self._model(model).is_active:
             self._model(model).start()
         elif wait:
-            self._start_in_turn(model, self._deadline())
+            self._start_in_turn(model, self._deadline(), is_wanted)
         else:  # making room takes a while, and nobody waits for it
             starter = threading.Thread(
-                target=self._try_to_start_in_turn, args=(model,), name=f"start-{model}", daemon=True
+                target=self._try_to_start_in_turn, args=(model, is_wanted), name=f"start-{model}", daemon=True
             )
             starter.start()
         if not wait:
@@ -144,8 +151,11 @@ class Engine(ApplicationInterface):
         for model in self.models.values():
             model.join(max(0, give_up_at - time.monotonic()))
 
-    def _start_in_turn(self, name: str, deadline: float) -> None:
+    def _start_in_turn(self, name: str, deadline: float, is_wanted: Callable[[], bool]) -> None:
         """Start a model when fewer than MAX_LOADED_MODELS others are loaded, and stop idle ones to that end.
+
+        Args:
+            is_wanted: tells whether it is to be started still. If not, no other one is stopped for it.
 
         Raises:
             ModelUnavailable: too many are loaded, and none of them was idle before the deadline.
@@ -157,11 +167,12 @@ class Engine(ApplicationInterface):
         if not self._starting.acquire(timeout=max(0, deadline - time.monotonic())):
             raise busy
         try:
-            while not self.models[name].is_active and not self._make_room(name, deadline):
+            while is_wanted() and not self.models[name].is_active and not self._make_room(name, deadline):
                 if time.monotonic() >= deadline:
                     raise busy
                 time.sleep(min(self.models[name].options.result_check_interval, max(0, deadline - time.monotonic())))
-            self.models[name].start()
+            if is_wanted():
+                self.models[name].start()
         finally:
             self._starting.release()
 
@@ -178,9 +189,9 @@ class Engine(ApplicationInterface):
                 self.models[longest].wait_for_state(set(State) - {State.STOPPING}, deadline)
         return False
 
-    def _try_to_start_in_turn(self, name: str) -> None:
+    def _try_to_start_in_turn(self, name: str, is_wanted: Callable[[], bool]) -> None:
         try:
-            self._start_in_turn(name, self._deadline())
+            self._start_in_turn(name, self._deadline(), is_wanted)
         except ServerError as error:
             logger.warning("The model %s was not started: %s", name, error.message)
 

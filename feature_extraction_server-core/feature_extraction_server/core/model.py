@@ -256,6 +256,7 @@ class Model:
         self._load_seconds: float | None = None
         self._n_loads = self._n_failed_loads = self._n_failed_in_a_row = 0
         self._has_failed = False  # since it was last loaded
+        self.n_stops = 0  # that were asked for
         self._n_jobs = self._n_items = self._n_failures = 0
         self._last_used = time.monotonic()
         self._measuring = threading.Lock()
@@ -294,6 +295,7 @@ class Model:
         """
         self.notice_dead_consumer()
         with self._changed:
+            self.n_stops += asked
             self._restart = False
             orphans = list(self._next_queue)
             self._next_queue = JobQueue()
