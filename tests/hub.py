@@ -17,7 +17,8 @@ from urllib.parse import unquote, urlsplit
 class Hub:
     """Serves folders as repositories with one commit, ``main``, and further revisions that a test adds.
 
-    ``hold`` makes every file with one of some endings stop half-way until ``release`` is called.
+    ``hold`` makes every file with one of some endings stop half-way until ``release`` is called. ``stall`` makes
+    requests for some paths wait for that, and ``fail`` answers them with an HTTP status; a HEAD is answered as ever.
     """
 
     def __init__(self) -> None:
@@ -26,6 +27,8 @@ class Hub:
         self.half_way = threading.Event()
         self._may_go_on = threading.Event()
         self._held: tuple[str, ...] = ()
+        self._stalled: str | None = None
+        self._failing: tuple[str, int] | None = None
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -54,9 +57,18 @@ class Hub:
         """Stop files with these endings half-way; ``half_way`` is set when one is there."""
         self._held = endings
 
+    def stall(self, part: str) -> None:
+        """Leave requests without an answer whose path contains this."""
+        self._stalled = part
+
+    def fail(self, part: str, status: int) -> None:
+        """Answer requests whose path contains this with a status."""
+        self._failing = part, status
+
     def release(self) -> None:
         """Let everything that was stopped go on."""
         self._held = ()
+        self._stalled = None
         self._may_go_on.set()
 
     def close(self) -> None:
@@ -68,6 +80,14 @@ class Hub:
 
     def _answer(self, request: BaseHTTPRequestHandler) -> None:
         parts = unquote(urlsplit(request.path).path).strip("/").split("/")
+        if request.command == "GET":
+            if self._stalled is not None and self._stalled in request.path:
+                self._may_go_on.wait(60)
+                request.close_connection = True
+                return
+            if self._failing is not None and self._failing[0] in request.path:
+                _refuse(request, "HubIsDown", self._failing[1])
+                return
         if parts == [""]:
             _send(request, b"", {})
         elif parts[:2] == ["api", "models"] and len(parts) == 6 and parts[4] in ("revision", "tree"):
@@ -158,8 +178,8 @@ def _send(request: BaseHTTPRequestHandler, body: bytes, headers: dict[str, str],
     request.wfile.write(body[middle:])
 
 
-def _refuse(request: BaseHTTPRequestHandler, code: str) -> None:
-    request.send_response(404)
+def _refuse(request: BaseHTTPRequestHandler, code: str, status: int = 404) -> None:
+    request.send_response(status)
     request.send_header("X-Error-Code", code)
     request.send_header("X-Error-Message", f"{code} at this hub")
     request.send_header("Content-Length", "0")

@@ -60,6 +60,8 @@ _WEIGHTS: Final = (
 )
 _loads: Final = threading.Condition()
 _n_loads = 0
+_client_lock: Final = threading.Lock()
+_client_is_set = False
 
 
 class Checkpoint:
@@ -249,10 +251,11 @@ class Checkpoint:
     def download(self) -> Path:
         """Return the folder with the checkpoint's files, once those that are not there have come from the hub.
 
-        Where the hub cannot be reached, it is what the cache has of the checkpoint, which may not be all of it.
+        Where the hub cannot be reached, it is what the cache has of the checkpoint, which may not be all of it. Where
+        the hub is reached but cannot answer, it is what the cache has, unless that is known not to be all of it.
 
         Raises:
-            ModelLoadFailed: there is no such checkpoint.
+            ModelLoadFailed: there is no such checkpoint, or the hub cannot answer and the cache lacks some of it.
         """
         name, setting = self.name, self._setting.name
         if self.is_local:
@@ -264,7 +267,13 @@ class Checkpoint:
             from huggingface_hub.utils.tqdm import disable_progress_bars
 
             disable_progress_bars()
-            folder = self.pull()
+            try:
+                folder = self.pull()
+            except ModelLoadFailed as failure:
+                if not _hub_is_down(failure.__cause__) or (cached := self._whole_in_cache()) is None:
+                    raise
+                logger.warning("%s; what is cached is loaded", failure.message)
+                folder = cached
         else:
             folder = self._cached()
         self._loaded_revision = folder.name  # the cache names the folder so
@@ -312,6 +321,7 @@ class Checkpoint:
         from huggingface_hub import HfApi, constants, snapshot_download
         from huggingface_hub.file_download import repo_folder_name
 
+        _give_requests_a_timeout()
         name, revision = self.name, self._revision.get()
         token = self._token.get() if self._token else None
         files = HfApi().model_info(name, revision=revision, files_metadata=True, token=token).siblings or []
@@ -353,6 +363,21 @@ class Checkpoint:
                 f"be reached; connect to the hub, or set {self._setting.name} to a folder"
             ) from error
 
+    def _whole_in_cache(self) -> Path | None:
+        """Return the cache's folder, or nothing where there is none or it is known to lack files."""
+        try:
+            folder = self._cached()
+        except ModelLoadFailed:
+            return None
+        try:
+            from huggingface_hub import get_cached_repo_tree
+
+            files = {file.path: file for file in get_cached_repo_tree(self.name, revision=folder.name)}
+            wanted = self._wanted(files)
+        except Exception:  # an older library, or what it has cached, has no list of the files: loading will tell
+            return folder
+        return folder if all((folder / name).exists() for name in wanted) else None
+
     def _named(self) -> str:
         """Say which checkpoint is meant, as it is set."""
         named = f"{self._setting.name}={self.name}"
@@ -391,11 +416,50 @@ def _hub_can_be_reached() -> bool:
     from huggingface_hub import constants, get_session
 
     try:
+        _give_requests_a_timeout()
         get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT_S)
     except Exception as error:  # no network, a proxy that refuses, offline mode: each has its own class
         logger.info("The Hugging Face hub cannot be reached (%s); only what is cached can be loaded", error)
         return False
     return True
+
+
+def _give_requests_a_timeout() -> None:
+    """Have each request of the hub's library that would wait for ever wait as long as its downloads do for more bytes.
+
+    Most of its functions take no time-out, or say None for it, which the client's own would not change.
+    """
+    from huggingface_hub import constants, get_session, set_client_factory
+
+    global _client_is_set
+    with _client_lock:  # to set it closes the client, which another model may be using by then
+        if _client_is_set:
+            return
+        client = get_session()  # httpx's or httpx2's, as the library's version has it
+        kind, hooks = type(client), client.event_hooks  # one of the hooks is the library's offline mode
+
+        def limit(request: Any) -> None:
+            timeouts = request.extensions["timeout"]
+            limits = {of: constants.HF_HUB_DOWNLOAD_TIMEOUT if s is None else s for of, s in timeouts.items()}
+            request.extensions["timeout"] = limits
+
+        hooks = hooks | {"request": [*hooks["request"], limit]}
+        set_client_factory(lambda: kind(event_hooks=hooks, follow_redirects=True, timeout=None))
+        _client_is_set = True
+
+
+def _hub_is_down(error: BaseException | None) -> bool:
+    """Tell whether the hub could not answer for now, rather than that it has no such checkpoint or the disk is full."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.LocalEntryNotFoundError):  # raised from what kept the library from asking the hub
+        error = error.__cause__
+    if isinstance(error, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError)):  # also one that is gated
+        return False
+    if isinstance(error, errors.HfHubHTTPError):
+        return error.response.status_code == 429 or error.response.status_code >= 500
+    # httpx's or httpx2's, as the library's version has it
+    return any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
 
 
 def _why_not_had(error: Exception) -> str:
