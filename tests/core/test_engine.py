@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -111,44 +112,45 @@ def test_a_model_that_has_just_failed_to_load_takes_no_other_s_room(
     assert engine.status("room_d")["counts"]["failed_loads"] == 1
 
 
-def module_of(model: str) -> Any:
-    return importlib.import_module(f"feature_extraction_server.models.{model}")
+@pytest.fixture
+def at_work(
+    build: Build, three: list[str], picture: str, pool: ThreadPoolExecutor
+) -> tuple[Engine, threading.Event, Future[Any]]:
+    """An engine with room for one model, which is at work; what lets it go on, and its answer."""
+    engine = build(MAX_LOADED_MODELS="1", RESULT_CHECK_INTERVAL="0.01")
+    model = importlib.import_module(f"feature_extraction_server.models.{three[0]}")
+    model.may_run.clear()
+    answer = pool.submit(ask, engine, three[0], picture)
+    assert model.called.wait(WAIT_S)
+    return engine, model.may_run, answer
 
 
 def test_a_stop_calls_off_a_start_that_waits_for_room(
-    build: Build, three: list[str], picture: str, pool: ThreadPoolExecutor
+    at_work: tuple[Engine, threading.Event, Future[Any]], three: list[str]
 ) -> None:
-    engine = build(MAX_LOADED_MODELS="1", RESULT_CHECK_INTERVAL="0.01")
-    busy = module_of("room_a")
-    busy.may_run.clear()
-    running = pool.submit(ask, engine, "room_a", picture)
-    assert busy.called.wait(WAIT_S)
+    engine, may_run, answer = at_work
 
     engine.start("room_b")
     engine.stop("room_b", wait=True)
-    busy.may_run.set()
+    may_run.set()
 
-    assert running.result(WAIT_S) == ["done"]
+    assert answer.result(WAIT_S) == ["done"]
     time.sleep(0.2)  # many times as long as it waits between two looks for room
     assert states(engine, three) == ["running", "stopped", "stopped"]
 
 
 def test_a_request_that_is_given_up_while_it_waits_for_room_takes_nobody_s(
-    build: Build, three: list[str], picture: str, pool: ThreadPoolExecutor
+    at_work: tuple[Engine, threading.Event, Future[Any]], three: list[str], pool: ThreadPoolExecutor
 ) -> None:
-    engine = build(MAX_LOADED_MODELS="1", RESULT_CHECK_INTERVAL="0.01")
-    busy = module_of("room_a")
-    busy.may_run.clear()
-    running = pool.submit(ask, engine, "room_a", picture)
-    assert busy.called.wait(WAIT_S)
+    engine, may_run, answer = at_work
 
     job = Job(Call("image_captioning", {"image": [None], "config": {}}, ("image",)))
     waiting = pool.submit(engine.submit, "room_b", job, time.monotonic() + WAIT_S)
     job.cancel()
     waiting.result(WAIT_S)
-    busy.may_run.set()
+    may_run.set()
 
-    assert running.result(WAIT_S) == ["done"]
+    assert answer.result(WAIT_S) == ["done"]
     assert states(engine, three) == ["running", "stopped", "stopped"]
 
 

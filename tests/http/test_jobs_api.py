@@ -22,6 +22,7 @@ from werkzeug.test import TestResponse
 from feature_extraction_server.core.application import ApplicationInterface
 from feature_extraction_server.core.engine import Engine
 from feature_extraction_server.core.errors import ModelUnavailable
+from feature_extraction_server.core.job_runner import JobRunner
 from feature_extraction_server.core.job_store import JobStore
 from feature_extraction_server.core.settings import SettingsManager
 from feature_extraction_server.core.setup import build_engine
@@ -490,15 +491,20 @@ def test_waiting_ends_when_the_job_does(client_with: MakeClient, gated: Any, poo
     assert [json_of(answer.result(TIMEOUT_S))["state"] for answer in waiting] == ["succeeded"] * 3
 
 
-def test_a_job_that_is_given_up_though_nobody_wants_that_is_run_again(
-    build: Callable[..., Engine], gated: Any, no_crash_delay: None
-) -> None:
+def run_one(build: Callable[..., Engine], gated: Any) -> tuple[FlaskClient, str, JobRunner]:
+    """Return a client, where a job is of which the model is at work, and what runs it."""
     engine = build()
     client = create_app(engine).test_client()
     location = submit(client, GATED, 1)
     wait_until(lambda: gated.calls == [[1]])
-    runner = engine.jobs
-    assert runner is not None
+    assert engine.jobs is not None
+    return client, location, engine.jobs
+
+
+def test_a_job_that_is_given_up_though_nobody_wants_that_is_run_again(
+    build: Callable[..., Engine], gated: Any, no_crash_delay: None
+) -> None:
+    client, location, runner = run_one(build, gated)
     (run,) = runner._runs
 
     run.given_up.set()
@@ -511,15 +517,11 @@ def test_a_job_that_is_given_up_though_nobody_wants_that_is_run_again(
 def test_the_end_of_a_run_ends_no_other_run_of_the_same_job(
     build: Callable[..., Engine], gated: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = build()
-    client = create_app(engine).test_client()
-    submit(client, GATED, 1)
-    wait_until(lambda: gated.calls == [[1]])
-    assert engine.jobs is not None
-    (run,) = engine.jobs._runs
+    _, _, runner = run_one(build, gated)
+    (run,) = runner._runs
 
-    monkeypatch.setattr(engine.jobs, "_outcome", lambda run, record: None)
-    engine.jobs._work(replace(run))  # the one before, which has lost its model, and told the store so
+    monkeypatch.setattr(runner, "_outcome", lambda run, record: None)
+    runner._work(replace(run))  # the one before, which has lost its model, and told the store so
 
     assert not run.given_up.is_set()
 
@@ -568,12 +570,7 @@ def test_a_job_waits_for_a_model_whose_load_failed_for_a_passing_reason(
 def test_who_waits_for_a_job_is_answered_at_the_end_of_the_process(
     build: Callable[..., Engine], gated: Any, pool: ThreadPoolExecutor
 ) -> None:
-    engine = build()
-    client = create_app(engine).test_client()
-    location = submit(client, GATED, 1)
-    wait_until(lambda: gated.calls == [[1]])
-    runner = engine.jobs
-    assert runner is not None
+    client, location, runner = run_one(build, gated)
     answer = pool.submit(client.get, location + WAIT)
     wait_until(lambda: bool(runner._waiting))
 
