@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from feature_extraction_server.core.engine import Engine
-from feature_extraction_server.core.errors import ModelLoadFailed, ModelUnavailable
+from feature_extraction_server.core.errors import ClientDisconnected, ModelLoadFailed, ModelUnavailable
 from feature_extraction_server.core.jobs import Call, Job
 from tests.conftest import encode_image
 from tests.waiting import wait_until
@@ -140,9 +140,11 @@ def test_a_stop_calls_off_a_start_that_waits_for_room(
 
 
 def test_a_request_that_is_given_up_while_it_waits_for_room_takes_nobody_s(
-    at_work: tuple[Engine, threading.Event, Future[Any]], three: list[str], pool: ThreadPoolExecutor
+    at_work: tuple[Engine, threading.Event, Future[Any]], three: list[str], picture: str, pool: ThreadPoolExecutor
 ) -> None:
     engine, may_run, answer = at_work
+    with pytest.raises(ClientDisconnected):
+        engine.run("image_captioning", "room_b", {"image": picture}, is_wanted=lambda: False)
 
     job = Job(Call("image_captioning", {"image": [None], "config": {}}, ("image",)))
     waiting = pool.submit(engine.submit, "room_b", job, time.monotonic() + WAIT_S)

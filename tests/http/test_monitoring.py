@@ -232,9 +232,15 @@ def test_server_stays_ready_when_a_model_to_preload_is_stopped_but_not_when_it_f
     may_load.set()
     engine.start("fake_echo", wait=True)
     loaded_again = client.get("/health/ready")
+    engine.stop("fake_echo", wait=True)
+    monkeypatch.setattr("feature_extraction_server.models.fake_echo.load_model", lambda: 1 / 0)
+    with pytest.raises(ModelUnavailable):
+        engine.start("fake_echo", wait=True)
+    engine.stop("fake_echo")
+    stopped_after_a_failure = client.get("/health/ready")
 
-    answers = (stopped, failed, loading_again, loaded_again)
-    assert [answer.status_code for answer in answers] == [200, 503, 503, 200]
+    answers = (stopped, failed, loading_again, loaded_again, stopped_after_a_failure)
+    assert [answer.status_code for answer in answers] == [200, 503, 503, 200, 200]
     assert "division by zero" in failed.get_json()["reason"]
 
 

@@ -14,6 +14,8 @@ from flask.testing import FlaskClient
 from PIL import Image
 
 from feature_extraction_server.core.engine import Engine
+from feature_extraction_server.core.errors import ModelLoadFailed
+from feature_extraction_server.core.jobs import Batch, Call, Job, Piece
 from feature_extraction_server.core.model_process import ModelProcess
 from feature_extraction_server.flask.app import create_app
 from tests.conftest import Server, encode_image
@@ -192,27 +194,26 @@ def test_of_requests_that_share_a_call_only_the_one_that_kills_the_process_fails
 
 
 def test_a_process_that_dies_again_while_it_loads_is_not_started_for_each_request_of_a_call(
-    client: FlaskClient, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+    build: Build, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    build()  # finds the plugins
     spawn, spawned = ModelProcess.spawn, list[ModelProcess]()
 
     def count(process: ModelProcess) -> None:
         spawned.append(process)
         spawn(process)
 
-    ask(client, 40)
-    running = pool.submit(ask, client.application.test_client(), 7)
-    wait_until(lambda: status(client)["running_jobs"] == 1)
-    answers = [pool.submit(ask, client.application.test_client(), width) for width in (2, 40, 41, 42)]
-    wait_until(lambda: status(client)["queue_depth"] == 4)
-
+    pictures = [Image.new("RGB", (width, 9)) for width in (2, 40, 41, 42)]
+    jobs = [Job(Call("image_captioning", {"image": [one], "config": {}}, ("image",))) for one in pictures]
+    process = ModelProcess(MODEL, 0, 0.05)
+    process.load_model()
     monkeypatch.setenv("FAKE_FRAGILE_DIES", "1")
     monkeypatch.setattr(ModelProcess, "spawn", count)
 
-    assert running.result(WAIT_S).status_code == 200
-    assert [answer.result(WAIT_S).status_code for answer in answers] == [503] * 4
-    wait_until(lambda: status(client)["state"] == "failed")
-    assert len(spawned) == 3  # one for each half of the call, and one to go on with
+    Batch(MODEL, process, [Piece(job, 0, 1) for job in jobs]).run()
+
+    assert [type(job.future.exception(0)) for job in jobs] == [ModelLoadFailed] * 4
+    assert len(spawned) == 2  # one for each half of the call
 
 
 def test_stopping_lets_all_replicas_finish(build: Build, pool: ThreadPoolExecutor) -> None:

@@ -7,10 +7,11 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any, Final
 
 from feature_extraction_server.core.application import ApplicationInterface
-from feature_extraction_server.core.errors import DeadlineExceeded, ModelUnavailable, ServerError
+from feature_extraction_server.core.errors import ClientDisconnected, DeadlineExceeded, ModelUnavailable, ServerError
 from feature_extraction_server.core.jobs import Call, Job
 from feature_extraction_server.core.logs import LogServer
 from feature_extraction_server.core.model import Model, State
@@ -40,7 +41,9 @@ class Engine(ApplicationInterface):
 
     def call(self, model: str, call: Call, deadline: float, is_wanted: Callable[[], bool]) -> Any:
         job = Job(call)
-        self.submit(model, job, deadline)
+        self.submit(model, job, deadline, is_wanted)
+        if job.future.cancelled():
+            raise ClientDisconnected("the client has gone")
         try:
             return self.models[model].wait(job, deadline, is_wanted)
         finally:
@@ -48,19 +51,24 @@ class Engine(ApplicationInterface):
                 job.request.add(job.times())
                 job.request.answer_origin = job.origin
 
-    def submit(self, model: str, job: Job, deadline: float) -> None:
-        """Queue a job, and start its model where it does not run.
+    def submit(self, model: str, job: Job, deadline: float, is_wanted: Callable[[], bool] = lambda: True) -> None:
+        """Queue a job, and start its model where it does not run. One that is not wanted any more is cancelled.
 
         Raises:
             QueueFull, ModelLoadFailed, ModelUnavailable: as ``Model.submit`` does.
             ModelUnavailable: MAX_LOADED_MODELS others are loaded, and none of them was idle before the deadline.
         """
         if self._max_loaded and not self.models[model].is_active:
-            self.models[model].require_retry()  # before another one makes room for it
-            self._start_in_turn(model, deadline, lambda: not job.ended)
-            if job.ended:  # who asked has left meanwhile
+            self._start_in_turn(model, deadline, partial(self._is_wanted, model, job, is_wanted))
+            if job.ended or not is_wanted():  # who asked has left meanwhile
+                job.cancel()
                 return
         self.models[model].submit(job)
+
+    def _is_wanted(self, name: str, job: Job, is_wanted: Callable[[], bool]) -> bool:
+        """Tell whether a model is to be started for a job; raise why not where it has just failed to load."""
+        self.models[name].require_retry()
+        return not job.ended and is_wanted()
 
     def notice_dead_consumers(self) -> None:
         """If a model's consumer died without a word, say so to everybody who waits for it."""
@@ -155,7 +163,8 @@ class Engine(ApplicationInterface):
         """Start a model when fewer than MAX_LOADED_MODELS others are loaded, and stop idle ones to that end.
 
         Args:
-            is_wanted: tells whether it is to be started still. If not, no other one is stopped for it.
+            is_wanted: tells whether it is to be started still. If not, no other one is stopped for it. What it raises
+                is raised.
 
         Raises:
             ModelUnavailable: too many are loaded, and none of them was idle before the deadline.

@@ -1,6 +1,6 @@
 """What decoding a picture may take besides its pixels, which are all that Pillow and the libraries behind it bound.
 
-Each limit stands for small files whose decoding would take gigabytes of memory, or a core for hours. No usual picture
+Each limit stands for small files whose decoding would take gigabytes of memory, or a core for hours. Hardly any picture
 comes near one. To search a file takes a twentieth of the time that decoding it does: small ones, which can hold little
 of what is searched for, are not.
 """
@@ -15,8 +15,12 @@ from typing import Final
 
 from PIL import Image, TiffImagePlugin
 
-# Pillow's own reader makes an object of 250 bytes of each byte in a list of strips.
+# Pillow's own reader makes an object of 250 bytes of each byte in a list of strips. libtiff turns numbers into the
+# machine's order of bytes, which Pillow knows of some kinds only.
 TiffImagePlugin.READ_LIBTIFF = True
+_NATIVE: Final = {"F;32BF": "F;32NF", "I;32BS": "I;32NS", "I;16BS": "I;16NS"}
+for _kind, (_mode, _raw) in TiffImagePlugin.OPEN_INFO.items():
+    TiffImagePlugin.OPEN_INFO[_kind] = _mode, _NATIVE.get(_raw, _raw)
 
 #: Segments of Exif data. Each is joined with all before it, which takes a second in a file of this size.
 MAX_EXIF_SEGMENTS: Final = 100
@@ -24,8 +28,8 @@ _LARGE_BYTES: Final = 1_000_000
 #: Scans of a JPEG that is as large as may be. A smaller one may have more.
 MAX_SCANS: Final = 1000
 _MIN_SCAN_BYTES: Final = 10
-#: Pixels of a picture that Python code decodes, a few microseconds each.
-MAX_PYTHON_PIXELS: Final = 4_000_000
+#: Pixels of a picture that Python code decodes, a few microseconds each: of the formats QOI, DDS and XPM, say.
+MAX_PYTHON_PIXELS: Final = 16_000_000
 #: Comments among the numbers of a plain PPM. For each, what is read of the file is copied.
 MAX_COMMENTS: Final = 1000
 #: Tiles and components of a JPEG 2000. Each tile has memory for each component, before anything is decoded.

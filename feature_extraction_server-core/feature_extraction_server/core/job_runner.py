@@ -393,7 +393,7 @@ class JobRunner:
             try:
                 self._save(self._outcome(run, record))
             except Exception:  # a result that is larger than the store takes, say
-                if not self._closing.is_set():  # otherwise, the store is closed
+                if not self._closing.is_set():  # otherwise, the store is closed, and the job has been given back
                     logger.exception("What came of the job %s cannot be stored", run.job.id)
                     self._try_to_fail(run)
             finally:

@@ -277,7 +277,7 @@ class Model:
     def retry(self) -> None:
         """Start the model again if it has failed and the retry delay has passed. Returns at once.
 
-        The delay doubles with each load that fails, up to ``MAX_RETRY_DELAYS`` times its length.
+        The delay, a second at least, doubles with each load that fails, up to ``MAX_RETRY_DELAYS`` times its length.
         """
         with self._changed:
             n_delays = min(2 ** max(0, self._n_failed_in_a_row - 1), MAX_RETRY_DELAYS)
@@ -296,6 +296,7 @@ class Model:
         self.notice_dead_consumer()
         with self._changed:
             self.n_stops += asked
+            self._has_failed &= not asked  # who stops it wants no more of it until it is asked for
             self._restart = False
             orphans = list(self._next_queue)
             self._next_queue = JobQueue()
@@ -469,7 +470,7 @@ class Model:
         return status | {"tasks": tasks, "has_started": self._n_loads > 0 and not self._has_failed}
 
     def require_retry(self) -> None:
-        """Raise ``failure()`` where the model has failed to load less than the retry delay ago."""
+        """Raise ``failure()`` if a request must not start the model yet: it has failed to load a moment ago."""
         if self._state is State.FAILED and self._retry_at > time.monotonic():
             raise self.failure()
 

@@ -267,9 +267,9 @@ class Cluster:
             ray.shutdown()
             self._remove_folder()
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            # What is not a matter of reaching it, another release of Ray for example, does not pass by itself.
-            passes = isinstance(error, (OSError, ray.exceptions.RayError))
-            raise (ModelUnavailable if passes else ModelLoadFailed)(
+            # Ray tells of what passes, a head that is starting for example, by errors of all types, and so of the rest.
+            is_final = isinstance(error, ValueError) or "version mismatch" in reason.lower()
+            raise (ModelLoadFailed if is_final else ModelUnavailable)(
                 f"the Ray cluster {address or 'on this machine'} cannot be used: {reason}", retry_after=_RETRY_AFTER_S
             ) from None
         ray.util.register_serializer(Image.Image, serializer=pixels.pack, deserializer=pixels.unpack)
