@@ -198,12 +198,12 @@ def test_transparency_lies_over_white(data: str, expected: tuple[int, ...]) -> N
     assert pixel(image) == pytest.approx(expected, abs=1)
 
 
-def tiff(order: str, tags: dict[int, tuple[int, ...]], pixels: bytes, height: int = 1) -> bytes:
-    """A grey TIFF one pixel wide, in an order of bytes (``<`` or ``>``), with other tags than the usual ones.
+def tiff(order: str, tags: dict[int, tuple[int, ...]], pixels: bytes) -> bytes:
+    """A TIFF of one grey pixel, in an order of bytes (``<`` or ``>``), with other tags than the usual ones.
 
-    A tag's value is one number or two; or bytes, as which a list of numbers may be written.
+    A tag's value is one number or two.
     """
-    usual = {256: (1,), 257: (height,), 258: (8,), 262: (1,), 273: (8,), 277: (1,), 278: (height,), 279: (len(pixels),)}
+    usual = {256: (1,), 257: (1,), 258: (8,), 262: (1,), 273: (8,), 277: (1,), 278: (1,), 279: (len(pixels),)}
     entries = b""
     for tag, value in sorted((usual | tags).items()):
         kind = "H" if len(value) == 2 else "I"
@@ -487,13 +487,13 @@ def test_a_tiff_with_very_many_strips_makes_no_object_of_each() -> None:
     n = 200_000
     entries = [(256, 4, 1, 1), (257, 4, 1, 2), (258, 3, 1, 8), (262, 3, 1, 1), (273, 1, n, 200), (278, 4, 1, 1)]
     listed = b"".join(struct.pack("<HHII", *entry) for entry in entries)
-    tiff = struct.pack("<2sHIH", b"II", 42, 8, len(entries)) + listed + bytes(4)
-    tiff = tiff.ljust(200, b"\0") + b"\x08" * n
+    head = struct.pack("<2sHIH", b"II", 42, 8, len(entries)) + listed + bytes(4)
+    data = head.ljust(200, b"\0") + b"\x08" * n
 
     tracemalloc.start()
     try:
         with pytest.raises(InvalidInput):
-            decode_image(encode(tiff), "image", MAX_PIXELS)
+            decode_image(encode(data), "image", MAX_PIXELS)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -250,16 +250,15 @@ def test_preloaded_models_start_again_when_the_engine_has_died(
 
 @pytest.mark.parametrize(("server_kind", "options"), [("gunicorn", ["--preload"]), ("dev_server", [])])
 def test_a_preloaded_model_that_cannot_be_loaded_yet_is_loaded_when_it_can(
-    request: pytest.FixtureRequest, server_kind: str, options: list[str], tmp_path: Path
+    request: pytest.FixtureRequest,
+    server_kind: str,
+    options: list[str],
+    plugin: Callable[[str, str, str], None],
+    tmp_path: Path,
 ) -> None:
-    plugins = tmp_path / "plugins"
-    models = plugins / "feature_extraction_server" / "models"
-    models.mkdir(parents=True)
     weights = tmp_path / "weights"
-    (models / "late.py").write_text(
-        f"def load_model(): open({str(weights)!r}).close()\ndef image_captioning(image): pass\n"
-    )
-    path = os.pathsep.join([str(plugins), *server_environment(tmp_path)["PYTHONPATH"].split(os.pathsep)])
+    plugin("models", "late", f"def load_model(): open({str(weights)!r}).close()\ndef image_captioning(image): pass\n")
+    path = os.pathsep.join([str(tmp_path / "plugins"), server_environment(tmp_path)["PYTHONPATH"]])
     start: Gunicorn = request.getfixturevalue(server_kind)
     server = start(*options, PRELOAD_MODELS="late", LOAD_RETRY_DELAY="0.1", PYTHONPATH=path)
     wait_until(lambda: server.get("/api/models/late/status").json()["counts"]["failed_loads"] > 1)

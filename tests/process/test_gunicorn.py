@@ -296,11 +296,10 @@ def add_routes(application, app):
 def test_a_plugin_that_ends_the_program_in_a_request_ends_neither_the_worker_nor_the_server(
     gunicorn: StartServer, tmp_path: Path
 ) -> None:
-    apis = tmp_path / "plugins" / "feature_extraction_server" / "apis"
-    apis.mkdir(parents=True)
-    (apis / "exits.py").write_text(EXITS)
-    path = os.pathsep.join([str(tmp_path / "plugins"), server_environment(tmp_path)["PYTHONPATH"]])
-    server = gunicorn("-c", str(ROOT / "gunicorn.conf.py"), PYTHONPATH=path)
+    api = tmp_path / "feature_extraction_server" / "apis" / "exits.py"
+    api.parent.mkdir(parents=True)
+    api.write_text(EXITS)
+    server = gunicorn("-c", str(ROOT / "gunicorn.conf.py"))  # finds the api in its working directory
     workers = server.workers()
 
     answers = [server.get(f"/exit/{status}") for status in (1, 4)]

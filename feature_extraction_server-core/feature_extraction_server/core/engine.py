@@ -144,7 +144,7 @@ class Engine(ApplicationInterface):
                 self.models[name].retry()
             elif self._starting.acquire(blocking=False):  # whoever has it may wait for room for long
                 try:
-                    if sum(model.is_active for model in self.models.values()) < self._max_loaded:
+                    if len(self._others_loaded(name)) < self._max_loaded:
                         self.models[name].retry()
                 finally:
                     self._starting.release()
@@ -187,16 +187,19 @@ class Engine(ApplicationInterface):
 
     def _make_room(self, name: str, deadline: float) -> bool:
         """Tell whether there is room for one more model; if there is not, stop the one that was idle longest."""
-        active = [model for model in self.models.values() if model.is_active and model.name != name]
-        if len(active) < self._max_loaded:
+        others = self._others_loaded(name)
+        if len(others) < self._max_loaded:
             return True
-        idle = [(since, model.name) for model in active if (since := model.idle_since) is not None]
+        idle = [(since, model.name) for model in others if (since := model.idle_since) is not None]
         if idle:
             _, longest = min(idle)
             self.models[longest].stop(asked=False)
             with suppress(DeadlineExceeded):  # the caller looks at the time
                 self.models[longest].wait_for_state(set(State) - {State.STOPPING}, deadline)
         return False
+
+    def _others_loaded(self, name: str) -> list[Model]:
+        return [model for model in self.models.values() if model.is_active and model.name != name]
 
     def _try_to_start_in_turn(self, name: str, is_wanted: Callable[[], bool]) -> None:
         try:

@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
-from types import FrameType
+from traceback import walk_stack
 from typing import Any, Final
 
 from feature_extraction_server.core import patience, subprocesses
@@ -345,11 +345,9 @@ def _begin_in_worker(begin: Callable[[], None]) -> None:
     On SIGUSR2 gunicorn forks a process that becomes another gunicorn: what is begun there would be cut off, and cores
     that it is kept to would be all that the other one has.
     """
-    frame: FrameType | None = sys._getframe()
-    while frame is not None:
+    for frame, _ in walk_stack(sys._getframe()):
         if frame.f_code.co_name == "reexec" and frame.f_globals.get("__name__") == "gunicorn.arbiter":
             return
-        frame = frame.f_back
     begin()
 
 

@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 from functools import partial
+from traceback import walk_stack
 from typing import Final
 
 from flask import Flask
@@ -56,9 +57,5 @@ def _allow_many_connections() -> None:
 
 def _called_by_gunicorn_worker() -> bool:
     """Tell whether a worker loads the app for itself (no ``--preload``), so that the master is its parent."""
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if frame.f_globals.get("__name__", "").startswith("gunicorn.workers"):
-            return True
-    return False
+    frames = walk_stack(sys._getframe())
+    return any(frame.f_globals.get("__name__", "").startswith("gunicorn.workers") for frame, _ in frames)
