@@ -117,6 +117,15 @@ def test_every_example_fits_its_schema(document: Document) -> None:
     assert wrong == []
 
 
+@pytest.mark.parametrize("path", ["/api/models/{model}", "/api/models/{model}/status"])
+def test_every_key_of_a_models_answer_is_described(app: Flask, document: Document, path: str) -> None:
+    content = document["paths"][path]["get"]["responses"]["200"]["content"]["application/json"]
+
+    answer = json_of(app.test_client().get(path.format(model="fake_echo")))
+
+    assert answer.keys() == content["schema"]["properties"].keys() == content["example"].keys()
+
+
 def test_hand_written_task_is_described_as_far_as_its_signature_tells(document: Document) -> None:
     schemas = document["components"]["schemas"]
 

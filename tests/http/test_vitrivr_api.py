@@ -260,11 +260,21 @@ def test_both_apis_see_the_same_jobs(vitrivr: FlaskClient) -> None:
         ("optical_character_recognition", "a text", {"text": "a text"}),
         ("optical_character_recognition", [{"text": "a"}, {"text": "b"}], {"text": "a\nb"}),
         ("automated_speech_recognition", {"text": "a", "segments": []}, {"transcript": "a"}),
+        ("text_embedding", {"embedding": [0.5], "tokens": 3}, {"embedding": [0.5], "tokens": 3}),
         ("zero_shot_object_detection", {"boxes": [[0.4, 1.6, 2.5, 3]]}, {"boxes": [[0, 2, 2, 3]]}),
         ("audio_diarization", {"segments": []}, {"segments": []}),
         ("counting", 3, {"result": 3}),
     ],
-    ids=["no caption", "text", "lines", "transcript with times", "corners between pixels", "an object", "a number"],
+    ids=[
+        "no caption",
+        "text",
+        "lines",
+        "transcript with times",
+        "vector with tokens",
+        "corners between pixels",
+        "an object",
+        "a number",
+    ],
 )
 def test_result_is_wrapped_by_its_task_and_kind(task: str, result: Any, expected: Any) -> None:
     assert as_object(task, result) == expected

@@ -252,6 +252,17 @@ _STATUS_PROPERTIES: JsonObject = {
     "counts": _object(dict.fromkeys(("loads", "failed_loads", "jobs", "items", "failures"), _COUNT))
     | {"description": "Since the start of the engine; a failure is a job that was answered with a 5xx"},
     "pids": {"type": "array", "items": {"type": "integer"}, "description": "The processes in which the model runs"},
+    "replicas": {
+        "type": "array",
+        "description": "These processes and those on other machines",
+        "items": _object(
+            {
+                "node": _STRING_OR_NULL | {"description": "The other machine's address; null on this one"},
+                "pid": {"type": ["integer", "null"]},
+                "state": _STRING,
+            }
+        ),
+    },
     "engine_pid": {"type": "integer", "description": "The process that has the model's queue"},
 }
 _STATUS = _object(_STATUS_PROPERTIES)
@@ -275,6 +286,7 @@ _STATUS_EXAMPLE = {
     "memory_bytes": 2_100_000_000,
     "counts": {"loads": 1, "failed_loads": 0, "jobs": 120, "items": 340, "failures": 0},
     "pids": [4711],
+    "replicas": [{"node": None, "pid": 4711, "state": "running"}],
     "engine_pid": 4711,
 }
 _SETTING = _object(

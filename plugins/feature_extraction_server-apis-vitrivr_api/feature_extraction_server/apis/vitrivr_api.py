@@ -186,7 +186,7 @@ def as_object(task: str, result: Any) -> dict[str, Any]:
         return {"transcript": _text(result)}
     if task.endswith("character_recognition"):
         return {"text": _text(result)}
-    if task.endswith("embedding"):
+    if task.endswith("embedding") and not isinstance(result, dict):
         return {"embedding": result}
     if isinstance(result, dict):
         # It reads the corners of boxes as whole numbers.
