@@ -173,7 +173,7 @@ def test_model_is_started_and_stopped(client: Client) -> None:
         ),
         pytest.param(
             lambda c: c.transcribe(recording([0.0] * 12), "fake_scribe", {"language": "de"}, "segments")["segments"][0],
-            {"start": 0, "end": 0.002, "text": "Tom & Jerry --> <ran>"},
+            {"start": 0, "end": 0.002, "text": "Tom & Jerry ---> <ran>"},
             id="transcribe with times",
         ),
         pytest.param(lambda c: c.run("fake_shout", text="hey", mark="?"), "HEY?", id="hand-written task"),

@@ -164,11 +164,12 @@ def test_dimensions_that_a_model_cannot_give_are_refused(plain: FlaskClient) -> 
         ({"input": "a", "dimensions": "8"}, "dimensions", "integer"),
         ({"input": "a", "model": 5}, "model", "string"),
         ({"input": "a", "nonsense": 1}, "nonsense", "unknown parameter"),
+        ({"input": "a", "\ud800": 1}, None, "valid Unicode"),
     ],
     ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else None,
 )
 def test_what_an_embedding_request_gets_wrong_is_named(
-    client: FlaskClient, body: dict[str, Any], param: str, words: str
+    client: FlaskClient, body: dict[str, Any], param: str | None, words: str
 ) -> None:
     data = json.dumps({"model": "fake_vectors"} | body)
 
@@ -213,7 +214,7 @@ def test_fields_that_are_empty_or_say_what_holds_anyhow_change_nothing(client: F
         (
             "vtt",
             "text/vtt",
-            "WEBVTT\n\n00:00:00.000 --> 00:00:01.500\nTom &amp; Jerry --&gt; &lt;ran&gt;\n\n"
+            "WEBVTT\n\n00:00:00.000 --> 00:00:01.500\nTom &amp; Jerry ---&gt; &lt;ran&gt;\n\n"
             "00:00:01.500 --> 01:01:01.250\nThey stopped.\n\n",
         ),
     ],

@@ -24,6 +24,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
             {"timestamps": "letters"},
             {"timestamps": True},
             {"max_new_tokens": 441},
+            {"temperature": 1e-40},
         )
     ),
     ("whisper", {"return_timestamps": True}, "config.return_timestamps"),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from feature_extraction_server.core.config import Config
 from feature_extraction_server.core.errors import InvalidInput
@@ -29,6 +29,9 @@ _SMOOTHED_FRAMES: Final = 15
 _SHORTEST: Final = SAMPLING_RATE // 10
 _FAINTEST: Final = 1e-3
 
+#: Of what tokens are drawn with. Scores that are divided by much less are no finite numbers any more.
+LEAST_TEMPERATURE: Final = 0.01
+
 
 class TranscriptionConfig(Config):
     """What a client may ask of a model that recognizes speech."""
@@ -41,6 +44,13 @@ class TranscriptionConfig(Config):
     max_new_tokens: int | None = Field(None, ge=1, le=440)
     repetition_penalty: float | None = Field(None, ge=0.1, le=10)
     no_repeat_ngram_size: int | None = Field(None, ge=0, le=100)
+
+    @field_validator("temperature")
+    @classmethod
+    def _divides(cls, temperature: float | None) -> float | None:
+        if temperature and temperature < LEAST_TEMPERATURE:
+            raise ValueError(f"must be {LEAST_TEMPERATURE} or more to have tokens drawn")
+        return temperature
 
     @model_validator(mode="after")
     def _fits_together(self) -> TranscriptionConfig:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import struct
 import zlib
 from collections.abc import Iterator, Mapping
@@ -41,6 +42,8 @@ TAG = "OpenAI-compatible API"
 EMBEDDING = "text_embedding"
 SPEECH = "automated_speech_recognition"
 
+#: What stands between two times in the subtitles of SRT, where no escape is known.
+_ARROW = re.compile("-{2,}>")
 FORMATS_WITH_TIMES = ("verbose_json", "srt", "vtt")
 #: What an error of a task or a model is about, by the beginnings of its field's name, and what a request calls it.
 NAMES = {
@@ -307,7 +310,7 @@ def _segment(index: int, segment: dict[str, Any], temperature: float) -> dict[st
 
 def _srt(transcript: dict[str, Any]) -> str:
     return "".join(
-        f"{number}\n{_clock(cue['start'], ',')} --> {_clock(cue['end'], ',')}\n{_line(cue).replace('-->', '->')}\n\n"
+        f"{number}\n{_clock(cue['start'], ',')} --> {_clock(cue['end'], ',')}\n{_ARROW.sub('->', _line(cue))}\n\n"
         for number, cue in enumerate(transcript["segments"], start=1)
     )
 
@@ -348,6 +351,8 @@ def _checked(parameters: type[AnyParameters], body: Mapping[str, Any]) -> AnyPar
         return parameters.model_validate(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
+    if not first["loc"]:
+        raise InvalidInput("every key of the body must be valid Unicode")
     name, *indices = first["loc"]
     field = f"{name}"[:40] + "".join(f"[{index}]" for index in indices if isinstance(index, int))
     if first["type"] == "extra_forbidden":

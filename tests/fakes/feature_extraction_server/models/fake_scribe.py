@@ -9,7 +9,7 @@ from pydantic import Field
 from feature_extraction_server.core.config import Config
 from feature_extraction_server.core.media import Audio
 
-SENTENCES = [("Tom & Jerry --> <ran>", 0.0, 1.5), ("They\nstopped.", 1.5, 3661.25)]
+SENTENCES = [("Tom & Jerry ---> <ran>", 0.0, 1.5), ("They\nstopped.", 1.5, 3661.25)]
 
 
 class ScribeConfig(Config):

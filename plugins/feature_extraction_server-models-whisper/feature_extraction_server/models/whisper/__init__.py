@@ -31,7 +31,7 @@ WINDOWS_A_CALL: Final = 8
 class WhisperConfig(speech.TranscriptionConfig):
     """What a client may ask of this model."""
 
-    temperature: float | None = Field(None, gt=0, le=1)
+    temperature: float | None = Field(None, ge=speech.LEAST_TEMPERATURE, le=1)
 
 
 config_types = {"automated_speech_recognition": WhisperConfig}
