@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import signal
 import struct
 import subprocess
@@ -630,6 +631,52 @@ def test_closed_pipe_ends_without_a_word(scripted: Scripted, pictures: Path) -> 
     assert b"a.png" in first
     assert process.wait(TIMEOUT_S) == -signal.SIGPIPE
     assert err == b""
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["new-plugin", "task", "my_task"]], ids=["help", "command that succeeds"]
+)
+class TestOutputThatCannotBeWritten:
+    """The standard output that a shell gives may be none, or full; what is written stays in a buffer to the end."""
+
+    def test_closed_pipe_ends_by_the_signal(self, tmp_path: Path, arguments: list[str]) -> None:
+        read_end, write_end = os.pipe()
+        os.close(read_end)
+
+        with os.fdopen(write_end) as pipe:
+            process = start_process(*arguments, cwd=tmp_path, stdout=pipe, stderr=subprocess.PIPE)
+            _, err = process.communicate(timeout=TIMEOUT_S)
+
+        assert (process.returncode, err) == (-signal.SIGPIPE, b"")
+
+    def test_full_disk_is_told_in_a_line(self, tmp_path: Path, arguments: list[str]) -> None:
+        with open("/dev/full", "wb") as full:
+            process = start_process(*arguments, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE)
+            _, err = process.communicate(timeout=TIMEOUT_S)
+
+        assert process.returncode == 1
+        assert err == b"fes: standard input or output: No space left on device\n"
+
+    def test_closed_output_is_no_error(self, tmp_path: Path, arguments: list[str]) -> None:
+        command = shlex.join([sys.executable, "-m", "feature_extraction_server.client", *arguments])
+        environment = {"PYTHONPATH": str(CLIENT)}
+
+        done = subprocess.run(
+            ["sh", "-c", f"{command} >&-"], cwd=tmp_path, env=environment, stderr=subprocess.PIPE, timeout=TIMEOUT_S
+        )
+
+        assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_full_disk_is_told_once_though_each_result_is_written_at_once(scripted: Scripted, pictures: Path) -> None:
+    server = scripted(OK)
+
+    with open("/dev/full", "wb") as full:
+        process = start_process("caption", pictures, "--url", server.url, stdout=full, stderr=subprocess.PIPE)
+        _, err = process.communicate(timeout=TIMEOUT_S)
+
+    assert process.returncode == 1
+    assert err == b"fes: standard input or output: No space left on device\n"
 
 
 # Documentation

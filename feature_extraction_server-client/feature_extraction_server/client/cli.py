@@ -2,7 +2,7 @@
 
 Exit status:
     0    everything succeeded
-    1    at least one request failed, or a file cannot be read
+    1    at least one request failed, or a file cannot be read or written
     2    the command line is wrong
     3    no server can be reached
     A Ctrl-C and a closed pipe end it by the signal, as a shell expects (130 and 141).
@@ -36,25 +36,37 @@ from feature_extraction_server.client.scaffold import KINDS, new_plugin
 from feature_extraction_server.client.show import printable, table
 
 EPILOG = """\
-Exit status: 0 if everything succeeded, 1 if a request failed or a file cannot be read, 2 for a wrong command line,
-3 if no server can be reached. A FILE is a path, a pattern such as '*.jpg', a folder (all of its pictures or
-recordings), or - for standard input. In a pipe, or with --json, each result is one line of JSON.
+Exit status: 0 if everything succeeded, 1 if a request failed or a file cannot be read or written, 2 for a wrong
+command line, 3 if no server can be reached. A FILE is a path, a pattern such as '*.jpg', a folder (all of its
+pictures or recordings), or - for standard input. In a pipe, or with --json, each result is one line of JSON; but
+new-plugin prints a path unless --json is given.
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit."""
-    # A file's name need not be text, nor what a model makes; what cannot be shown is spelled out.
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the command ends
+        stream = getattr(sys, name)
+        # A file's name need not be text, nor what a model makes; what cannot be shown is spelled out.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    status: int | str | None
     try:
-        status = run(sys.argv[1:] if arguments is None else arguments)
+        try:
+            status = run(sys.argv[1:] if arguments is None else arguments)
+        except SystemExit as end:  # how argparse ends it, the help written or the command line found wrong
+            status = end.code
         sys.stdout.flush()
     except KeyboardInterrupt:
         _die_of("SIGINT", 130)
     except BrokenPipeError:
         _die_of("SIGPIPE", 141)
+    except OSError as error:
+        status = _fail(1, f"standard input or output: {error.strerror or error}")
+        # What could not be written would be tried again by the interpreter as it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
 
 
@@ -64,8 +76,8 @@ def run(arguments: Sequence[str]) -> int:
     options = parser.parse_args(arguments)
     if options.command is run_task:  # --url and its like may also come after the task's name
         _, options.rest = common_options(defaults=False).parse_known_args(options.rest, options)
-    if options.json is None:
-        options.json = not sys.stdout.isatty()
+    if options.json is None:  # a new plugin's path is for the shell, which reads it from a pipe
+        options.json = options.command is not write_plugin and not sys.stdout.isatty()
     try:
         with _client(options) as client:
             return int(options.command(client, options))
@@ -75,10 +87,10 @@ def run(arguments: Sequence[str]) -> int:
         return _fail(3, f"{error.message} (--url or FES_URL says where it is)")
     except FesError as error:
         return _fail(1, error.message)
-    except BrokenPipeError:
-        raise
     except OSError as error:
-        return _fail(1, f"{error.filename or 'a file'}: {error.strerror or error}")
+        if error.filename is None:  # standard input or output, a closed pipe among it
+            raise
+        return _fail(1, f"{error.filename}: {error.strerror or error}")
 
 
 def _client(options: argparse.Namespace) -> Client:
@@ -268,7 +280,7 @@ def write_plugin(client: Client, options: argparse.Namespace) -> int:
             raise UsageError(f"the task {task} is not installed here, and {error.message}") from None
 
     folder = new_plugin(options.kind, options.name, options.directory, options.task, schemas_of)
-    sys.stdout.write(f"{folder}\n")
+    sys.stdout.write(f"{json.dumps({'folder': str(folder)}, ensure_ascii=False) if options.json else folder}\n")
     return 0
 
 
@@ -308,7 +320,11 @@ def _parser() -> argparse.ArgumentParser:
     add("plugins", plugins, "List the plugins, and why some were left out.")
     created = add("new-plugin", write_plugin, "Write a new plugin that works, to start from.")
     created.add_argument("kind", choices=sorted(KINDS), help="what it is")
-    created.add_argument("name", metavar="NAME", help="the module's name, as my_model")
+    created.add_argument(
+        "name",
+        metavar="NAME",
+        help="the module's name, as my_model; a consumer's ends in _consumer, but its folder's does not",
+    )
     created.add_argument("--task", help="the task that a model implements")
     created.add_argument("--directory", default=".", help="where the plugin's folder is made (default: here)")
     return parser

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import keyword
+import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from string import Template
@@ -16,6 +18,25 @@ from feature_extraction_server.client.schema import Field, Kind, example_of, rea
 #: What each kind of plugin's namespace is called.
 KINDS: Final = {"model": "models", "task": "tasks", "api": "apis", "consumer": "consumers"}
 
+# Other names make no distribution that can be installed, or no module.
+_NAME: Final = re.compile(r"[a-z]([a-z0-9_]*[a-z0-9])?")
+# What the server has already: its own consumers, what it reads of a model's module besides the tasks' functions, and
+# the setting DEFAULT_CONSUMER_TYPE.
+_TAKEN: Final = {
+    "consumer": {"process_consumer", "single_thread_consumer"},
+    "task": {
+        "add_settings",
+        "checkpoint",
+        "config_types",
+        "consumer_type",
+        "image_sizes",
+        "load_model",
+        "provenance",
+        "samples",
+        "unload_model",
+    },
+    "model": {"default"},
+}
 _TEMPLATES: Final = Path(__file__).parent / "templates"
 # For each kind of field: what the model's function receives, what a test sends, what the command takes.
 _FIELD_CODE: Final[dict[Kind, tuple[str, str, str]]] = {
@@ -26,6 +47,8 @@ _FIELD_CODE: Final[dict[Kind, tuple[str, str, str]]] = {
     "object": ("dict[str, Any]", "{}", "'{}'"),
     "json": ("Any", "1", "1"),
 }
+# What a test asks of a result where that is not its type: JSON does not tell a tuple from a list.
+_RESULT_CLASSES: Final = {"list": "list | tuple", "Any": "object"}
 _LINE_WIDTH: Final = 80
 
 
@@ -36,37 +59,54 @@ def new_plugin(
 
     Args:
         kind: one of ``KINDS``.
+        name: the module's; a consumer's may lack its ending ``_consumer``.
         task: what a model implements; None for the other kinds.
         schemas_of: asked for a task's ``input`` and ``output`` schema where the task is not installed here.
 
     Raises:
-        UsageError: the name is none, the task is missing, or the folder exists.
-        OSError: the folder cannot be written.
+        UsageError: the name is none, or taken, the task is missing or does not fit, or the folder exists.
+        OSError: the folder cannot be written; nothing of it is left.
     """
-    if not name.isidentifier() or keyword.iskeyword(name) or name != name.lower() or name.startswith("_"):
+    short_name = name.removesuffix("_consumer") if kind == "consumer" else name
+    module = f"{short_name}_consumer" if kind == "consumer" else name
+    if not _NAME.fullmatch(short_name) or keyword.iskeyword(module):
         raise UsageError(f"{name!r} cannot be a plugin's name: choose one like my_{kind}")
+    if module in _TAKEN.get(kind, ()):
+        raise UsageError(f"no new {kind} can be called {module}: the server uses this name for something else")
     if kind == "model" and task is None:
         raise UsageError("name the task that the model implements by --task")
     if kind != "model" and task is not None:
         raise UsageError("--task is for models alone")
-    distribution = f"feature_extraction_server-{KINDS[kind]}-{name}"
-    words = {"kind": kind, "name": name, "namespace": KINDS[kind], "distribution": distribution}
-    words["title"] = name.replace("_", " ").capitalize()
+    distribution = f"feature_extraction_server-{KINDS[kind]}-{short_name}"
+    words = {"kind": kind, "name": module, "namespace": KINDS[kind], "distribution": distribution}
+    words["title"] = module.replace("_", " ").capitalize()
     if task is not None:
-        words |= _words_of_model(name, task, _installed_schemas(task) or schemas_of(task))
+        words |= _words_of_model(module, task, _installed_schemas(task) or schemas_of(task))
     texts = {
         "pyproject.toml": _fill("pyproject.toml", words),
         "README.md": _fill(f"{kind}.md", words),
-        f"feature_extraction_server/{KINDS[kind]}/{name}.py": _fill(f"{kind}.py", words),
-        f"tests/test_{name}.py": _fill(f"{kind}_test.py", words),
+        f"feature_extraction_server/{KINDS[kind]}/{module}.py": _fill(f"{kind}.py", words),
+        f"tests/test_{module}.py": _fill(f"{kind}_test.py", words),
     }
     folder = Path(directory) / distribution
-    if folder.exists():
-        raise UsageError(f"{folder} exists already")
-    for file, text in texts.items():
-        (folder / file).parent.mkdir(parents=True, exist_ok=True)
-        (folder / file).write_text(text, encoding="utf-8")
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        raise UsageError(f"{folder} exists already") from None
+    _write_files(folder, texts)
     return folder
+
+
+def _write_files(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write a new folder's files. Where that fails, the folder is removed, so that it can be tried again."""
+    try:
+        for file, text in texts.items():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_text(text, encoding="utf-8")
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        error.filename = error.filename or str(folder)  # a full disk's error names no file
+        raise
 
 
 def _fill(template: str, words: Mapping[str, str]) -> str:
@@ -74,12 +114,22 @@ def _fill(template: str, words: Mapping[str, str]) -> str:
 
 
 def _installed_schemas(task: str) -> Mapping[str, Any] | None:
-    """Return the schemas of a task whose plugin can be imported here."""
+    """Return the schemas of a task, as JSON gives them; None where its plugin is not installed here.
+
+    Raises:
+        UsageError: the plugin is broken.
+    """
+    name = f"feature_extraction_server.tasks.{task}"
     try:
-        spec = importlib.import_module(f"feature_extraction_server.tasks.{task}").task
-        return {"input": spec.input_schema(), "output": spec.output_schema()}
-    except (ImportError, AttributeError):
-        return None
+        spec: Any = getattr(importlib.import_module(name).wrap, "__self__", None)
+        if not hasattr(spec, "output_schema"):
+            return {"input": {}, "output": {}}  # its wrap is written by hand
+        schemas: dict[str, Any] = json.loads(json.dumps({"input": spec.input_schema(), "output": spec.output_schema()}))
+        return schemas
+    except Exception as error:  # a plugin may raise anything
+        if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
+            return None
+        raise UsageError(f"the task {task} cannot be read: {type(error).__name__}: {error}") from None
 
 
 def _words_of_model(name: str, task: str, schemas: Mapping[str, Any]) -> dict[str, str]:
@@ -88,19 +138,23 @@ def _words_of_model(name: str, task: str, schemas: Mapping[str, Any]) -> dict[st
     batch_field = next((field.name for field in needed if field.batch), None)
     if batch_field is None:
         raise UsageError(f"the task {task} declares no batch fields: its model's function cannot be written from them")
-    example, result = example_of(schemas["output"]), "answer"
+    for field in fields:
+        if not field.name.isidentifier() or keyword.iskeyword(field.name):
+            raise UsageError(f"the task {task} has a field {field.name!r}: no Python parameter can be called so")
+    example, result = example_of(schemas["output"]), "_answer"
     result_type = _type_of(example)
+    result_class = result_type.partition("[")[0]
     catalogue = next((field.name for field in fields if field.kind == "strings"), None)
     if catalogue is not None and result_type == "list[float]":
-        example, result = 1.0, f"[answer / len({catalogue})] * len({catalogue})"
+        example, result = 1.0, f"[_answer / len({catalogue})] * len({catalogue})"
     return {
         "task": task,
         "class_name": "".join(part.capitalize() for part in name.split("_")) + "Config",
         "answer_type": _type_of(example),
-        "answer": _literal(example, indent=4, column=len("    answer = ")),
+        "answer": _literal(example, indent=4, column=len("    _answer = ")),
         "parameters": "".join(f"    {_parameter(field)},\n" for field in fields),
         "result_type": result_type,
-        "result_class": result_type.partition("[")[0],
+        "result_class": _RESULT_CLASSES.get(result_class, result_class),
         "result": result,
         "batch_field": batch_field,
         "request": _request(needed, "{}"),

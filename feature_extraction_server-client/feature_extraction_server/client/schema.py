@@ -52,7 +52,11 @@ def example_of(output_schema: Mapping[str, Any]) -> Any:
 
 def _example(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> Any:
     if examples := schema.get("examples"):
-        return examples[0]
+        return _as_validated(examples[0], schema)
+    if "const" in schema:
+        return schema["const"]
+    if values := schema.get("enum"):
+        return values[0]
     if reference := schema.get("$ref"):
         return _example(definitions[reference.rpartition("/")[2]], definitions)
     if alternatives := schema.get("anyOf"):
@@ -66,11 +70,23 @@ def _example(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> Any:
             return float(schema.get("minimum", 0))
         case "boolean":
             return False
+        case "array" if "prefixItems" in schema:
+            return [_example(one, definitions) for one in schema["prefixItems"]]
         case "array":
             return [_example(schema.get("items", {}), definitions)] * schema.get("minItems", 1)
         case "object":
             return {name: _example(one, definitions) for name, one in schema.get("properties", {}).items()}
     return None
+
+
+def _as_validated(example: Any, schema: Mapping[str, Any]) -> Any:
+    """Return an example with the type that its schema gives it: 1 is a float where the type is number."""
+    types = [one.get("type") for one in schema.get("anyOf", [schema])]
+    if type(example) is int and "number" in types and "integer" not in types:
+        return float(example)
+    if isinstance(example, list) and "items" in schema:
+        return [_as_validated(item, schema["items"]) for item in example]
+    return example
 
 
 def _kind(schema: Mapping[str, Any]) -> Kind:
