@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -53,6 +52,15 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 def ask(engine: Engine, model: str, picture: str) -> Any:
     return engine.run("image_captioning", model, {"image": picture})
+
+
+def begin(engine: Engine, model: str, picture: str, pool: ThreadPoolExecutor) -> tuple[threading.Event, Future[Any]]:
+    """Have a model at work; return what lets it go on, and its answer."""
+    module = engine.registry.models[model]
+    module.may_run.clear()
+    answer = pool.submit(ask, engine, model, picture)
+    assert module.called.wait(WAIT_S)
+    return module.may_run, answer
 
 
 def states(engine: Engine, names: list[str]) -> list[str]:
@@ -118,11 +126,7 @@ def at_work(
 ) -> tuple[Engine, threading.Event, Future[Any]]:
     """An engine with room for one model, which is at work; what lets it go on, and its answer."""
     engine = build(MAX_LOADED_MODELS="1", RESULT_CHECK_INTERVAL="0.01")
-    model = importlib.import_module(f"feature_extraction_server.models.{three[0]}")
-    model.may_run.clear()
-    answer = pool.submit(ask, engine, three[0], picture)
-    assert model.called.wait(WAIT_S)
-    return engine, model.may_run, answer
+    return engine, *begin(engine, three[0], picture, pool)
 
 
 def test_a_stop_calls_off_a_start_that_waits_for_room(
@@ -156,6 +160,57 @@ def test_a_request_that_is_given_up_while_it_waits_for_room_takes_nobody_s(
     assert states(engine, three) == ["running", "stopped", "stopped"]
 
 
+def test_a_stop_calls_off_a_request_that_waits_for_room(
+    at_work: tuple[Engine, threading.Event, Future[Any]], three: list[str], picture: str, pool: ThreadPoolExecutor
+) -> None:
+    engine, may_run, answer = at_work
+    waiting = pool.submit(ask, engine, "room_b", picture)
+    wait_until(engine._starting.locked)
+
+    engine.stop("room_b", wait=True)
+
+    with pytest.raises(ModelUnavailable, match="room_b was stopped"):
+        waiting.result(WAIT_S)
+    may_run.set()
+    assert answer.result(WAIT_S) == ["done"]
+    assert states(engine, three) == ["running", "stopped", "stopped"]
+
+
+def test_a_request_is_told_of_a_failed_load_while_another_one_waits_for_room(
+    build: Build, three: list[str], plugin: Callable[[str, str, str], None], picture: str, pool: ThreadPoolExecutor
+) -> None:
+    plugin("models", "room_d", MODEL.replace("    pass", "    raise OSError('no such checkpoint')", 1))
+    engine = build(MAX_LOADED_MODELS="1", LOAD_RETRY_DELAY="60", RESULT_CHECK_INTERVAL="0.01")
+    with pytest.raises(ModelLoadFailed):
+        ask(engine, "room_d", picture)
+    may_run, answer = begin(engine, "room_a", picture, pool)
+    waiting = pool.submit(ask, engine, "room_b", picture)
+    wait_until(engine._starting.locked)
+
+    with pytest.raises(ModelLoadFailed, match="no such checkpoint"):
+        ask(engine, "room_d", picture)
+
+    assert not waiting.done()
+    may_run.set()
+    assert [one.result(WAIT_S) for one in (answer, waiting)] == [["done"]] * 2
+
+
+def test_a_request_may_be_given_up_while_another_one_waits_for_room(
+    at_work: tuple[Engine, threading.Event, Future[Any]], three: list[str], picture: str, pool: ThreadPoolExecutor
+) -> None:
+    engine, may_run, answer = at_work
+    waiting = pool.submit(ask, engine, "room_b", picture)
+    wait_until(engine._starting.locked)
+    looks = iter([True, True, False])
+
+    with pytest.raises(ClientDisconnected):
+        engine.run("image_captioning", "room_c", {"image": picture}, is_wanted=lambda: next(looks, False))
+
+    assert not waiting.done()
+    may_run.set()
+    assert [one.result(WAIT_S) for one in (answer, waiting)] == [["done"]] * 2
+
+
 def test_a_start_makes_room_too_and_returns_at_once(build: Build, three: list[str], picture: str) -> None:
     engine = build(MAX_LOADED_MODELS="1")
     ask(engine, "room_a", picture)
@@ -169,14 +224,11 @@ def test_a_request_waits_until_a_model_at_work_is_idle(
     build: Build, three: list[str], picture: str, pool: ThreadPoolExecutor
 ) -> None:
     engine = build(MAX_LOADED_MODELS="1", RESULT_CHECK_INTERVAL="0.01")
-    busy = engine.registry.models["room_a"]
-    busy.may_run.clear()
-    first = pool.submit(ask, engine, "room_a", picture)
-    assert busy.called.wait(WAIT_S)
+    may_run, first = begin(engine, "room_a", picture, pool)
 
     second = pool.submit(ask, engine, "room_b", picture)
     assert states(engine, three) == ["running", "stopped", "stopped"]
-    busy.may_run.set()
+    may_run.set()
 
     assert first.result(WAIT_S) == ["done"]
     assert second.result(WAIT_S) == ["done"]
@@ -187,15 +239,12 @@ def test_no_room_in_time_is_an_error_that_says_so(
     build: Build, three: list[str], picture: str, pool: ThreadPoolExecutor
 ) -> None:
     engine = build(MAX_LOADED_MODELS="1", RESULT_CHECK_INTERVAL="0.01", REQUEST_TIMEOUT="0.3")
-    busy = engine.registry.models["room_a"]
-    busy.may_run.clear()
-    pool.submit(ask, engine, "room_a", picture)
-    assert busy.called.wait(WAIT_S)
+    may_run, _ = begin(engine, "room_a", picture, pool)
 
     with pytest.raises(ModelUnavailable, match="MAX_LOADED_MODELS"):
         ask(engine, "room_b", picture)
 
-    busy.may_run.set()
+    may_run.set()
 
 
 def test_never_more_than_allowed_are_loaded_and_every_request_is_answered(
@@ -210,6 +259,26 @@ def test_never_more_than_allowed_are_loaded_and_every_request_is_answered(
 
     assert [answer.result(WAIT_S) for answer in answers] == [["done"]] * 60
     assert most <= 2
+
+
+def test_a_model_that_ends_unasked_does_not_run_while_it_is_unloaded(
+    build: Build, plugin: Callable[[str, str, str], None], picture: str, pool: ThreadPoolExecutor
+) -> None:
+    unloads = "\nunloads = threading.Event()\n\ndef unload_model():\n    unloads.set()\n    assert may_run.wait(20)\n"
+    plugin("models", "room_a", MODEL + unloads)
+    engine = build()
+    ask(engine, "room_a", picture)
+    model, module = engine.models["room_a"], engine.registry.models["room_a"]
+    module.may_run.clear()
+
+    end = pool.submit(model._current_run().end, "its consumer died")
+    assert module.unloads.wait(WAIT_S)
+    while_unloading = model.is_running
+    module.may_run.set()
+    end.result(WAIT_S)
+
+    assert not while_unloading
+    assert states(engine, ["room_a"]) == ["failed"]
 
 
 SIZES = """

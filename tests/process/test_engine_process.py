@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import signal
@@ -17,7 +18,7 @@ import pytest
 from PIL import Image
 
 from feature_extraction_server.core.engine_client import EngineClient, private_directory
-from feature_extraction_server.core.errors import ModelUnavailable
+from feature_extraction_server.core.errors import DeadlineExceeded, ModelUnavailable
 from feature_extraction_server.core.settings import SettingsManager
 from feature_extraction_server.core.setup import set_up
 from tests.conftest import Server, encode_image, server_environment
@@ -324,6 +325,20 @@ def test_a_worker_that_runs_as_another_user_than_the_master_says_so(
 
     with pytest.raises(ModelUnavailable, match=r"another user .* in place of its option --user"):
         client.start("fake_echo")
+
+
+def test_a_request_waits_no_longer_than_it_may_while_others_start_the_engine(
+    near: Path, pool: ThreadPoolExecutor
+) -> None:
+    settings = SettingsManager({"LOG_PATH": str(near / "log.txt"), "REQUEST_TIMEOUT": "0.2"}, near / ".env")
+    registry, server_settings, _ = set_up(settings)
+    client = EngineClient(registry, server_settings, owner_pid=os.getpid())
+
+    with (client.shared_directory / "lock").open("w") as lock_file:
+        fcntl.flock(lock_file, fcntl.LOCK_EX)
+        late = pool.submit(client.status, "fake_echo").exception(WAIT_S)
+
+    assert isinstance(late, DeadlineExceeded)
 
 
 def test_the_directory_of_a_dead_server_is_cleared_away(near: Path) -> None:

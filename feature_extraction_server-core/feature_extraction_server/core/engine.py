@@ -56,18 +56,26 @@ class Engine(ApplicationInterface):
 
         Raises:
             QueueFull, ModelLoadFailed, ModelUnavailable: as ``Model.submit`` does.
-            ModelUnavailable: MAX_LOADED_MODELS others are loaded, and none of them was idle before the deadline.
+            ModelUnavailable: MAX_LOADED_MODELS others are loaded, and none of them was idle before the deadline; or
+                the model was stopped meanwhile.
         """
         if self._max_loaded and not self.models[model].is_active:
-            self._start_in_turn(model, deadline, partial(self._is_wanted, model, job, is_wanted))
-            if job.ended or not is_wanted():  # who asked has left meanwhile
+            still_wanted = partial(self._is_wanted, model, job, self.models[model].n_stops, is_wanted)
+            self._start_in_turn(model, deadline, still_wanted)
+            if not still_wanted():  # who asked has left meanwhile
                 job.cancel()
                 return
         self.models[model].submit(job)
 
-    def _is_wanted(self, name: str, job: Job, is_wanted: Callable[[], bool]) -> bool:
-        """Tell whether a model is to be started for a job; raise why not where it has just failed to load."""
+    def _is_wanted(self, name: str, job: Job, n_stops: int, is_wanted: Callable[[], bool]) -> bool:
+        """Tell whether a model is to be started for a job.
+
+        Raises:
+            ModelLoadFailed, ModelUnavailable: it failed to load a moment ago, or was stopped since ``n_stops``.
+        """
         self.models[name].require_retry()
+        if self.models[name].n_stops != n_stops:
+            raise ModelUnavailable(f"the model {name} was stopped")
         return not job.ended and is_wanted()
 
     def notice_dead_consumers(self) -> None:
@@ -169,21 +177,36 @@ class Engine(ApplicationInterface):
         Raises:
             ModelUnavailable: too many are loaded, and none of them was idle before the deadline.
         """
-        busy = ModelUnavailable(
-            f"the model {name} cannot be loaded: {self._max_loaded} models are loaded and at work (MAX_LOADED_MODELS)",
-            retry_after=1,
-        )
-        if not self._starting.acquire(timeout=max(0, deadline - time.monotonic())):
-            raise busy
+        if not self._wait_for_turn(name, deadline, is_wanted):
+            return
         try:
             while is_wanted() and not self.models[name].is_active and not self._make_room(name, deadline):
                 if time.monotonic() >= deadline:
-                    raise busy
-                time.sleep(min(self.models[name].options.result_check_interval, max(0, deadline - time.monotonic())))
+                    raise self._no_room(name)
+                time.sleep(self._look_interval_s(name, deadline))
             if is_wanted():
                 self.models[name].start()
         finally:
             self._starting.release()
+
+    def _wait_for_turn(self, name: str, deadline: float, is_wanted: Callable[[], bool]) -> bool:
+        """Wait for ``_starting``, and tell whether it was got; not so where the model is not wanted any more."""
+        while is_wanted():
+            if self._starting.acquire(timeout=self._look_interval_s(name, deadline)):
+                return True
+            if time.monotonic() >= deadline:
+                raise self._no_room(name)
+        return False
+
+    def _look_interval_s(self, name: str, deadline: float) -> float:
+        """Return how long one who waits for room may wait before the next look at what has changed."""
+        return max(0, min(self.models[name].options.result_check_interval, deadline - time.monotonic()))
+
+    def _no_room(self, name: str) -> ModelUnavailable:
+        return ModelUnavailable(
+            f"the model {name} cannot be loaded: {self._max_loaded} models are loaded and at work (MAX_LOADED_MODELS)",
+            retry_after=1,
+        )
 
     def _make_room(self, name: str, deadline: float) -> bool:
         """Tell whether there is room for one more model; if there is not, stop the one that was idle longest."""

@@ -25,7 +25,7 @@ from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from traceback import walk_stack
-from typing import Any, Final
+from typing import IO, Any, Final
 
 from feature_extraction_server.core import patience, subprocesses
 from feature_extraction_server.core.application import ApplicationInterface
@@ -45,6 +45,8 @@ START_TIMEOUT_S: Final = 60.0
 #: How long an engine takes at most from its last word to its end.
 END_TIMEOUT_S: Final = 1.0
 MAX_RESTART_DELAY_S: Final = 30.0
+#: How often one who waits for another to start the engine looks whether that is done.
+LOCK_CHECK_INTERVAL_S: Final = 0.05
 #: How many bytes the path of a Unix socket may have, on the system that allows the fewest.
 MAX_SOCKET_PATH_BYTES: Final = 103
 #: How long before the web worker gives up the engine must have said what goes wrong, so that it is heard.
@@ -275,9 +277,10 @@ class EngineClient(ApplicationInterface):
         """Return a connection to the engine, which is started where it does not run.
 
         Raises:
-            TimeoutError: as ``_connect_in_time`` does.
+            TimeoutError: as ``_connect_in_time`` does; or others were about to start it all the time.
             OSError, ModelUnavailable: it cannot be started.
         """
+        give_up_at = time.monotonic() + timeout_s
         if (connection := self._connect_in_time(timeout_s)) is not None:
             return connection
         if not is_alive(self.owner_pid, self._owner_born):
@@ -287,8 +290,8 @@ class EngineClient(ApplicationInterface):
         self._require_same_user()
         private_directory(self.owner_pid)  # once more: a clean-up of temporary files may have taken it
         with (self._directory / "lock").open("w") as lock_file:
-            fcntl.flock(lock_file, fcntl.LOCK_EX)
-            if (connection := self._connect_in_time(timeout_s)) is not None:
+            _lock(lock_file, give_up_at)
+            if (connection := self._connect_in_time(max(0, give_up_at - time.monotonic()))) is not None:
                 return connection  # another worker was faster
             return self._start_engine()
 
@@ -349,6 +352,23 @@ def _begin_in_worker(begin: Callable[[], None]) -> None:
         if frame.f_code.co_name == "reexec" and frame.f_globals.get("__name__") == "gunicorn.arbiter":
             return
     begin()
+
+
+def _lock(file: IO[str], give_up_at: float) -> None:
+    """Lock a file until it is closed.
+
+    Raises:
+        TimeoutError: others had it locked all the time.
+    """
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            seconds_left = give_up_at - time.monotonic()
+            if seconds_left <= 0:
+                raise TimeoutError from None
+        time.sleep(min(LOCK_CHECK_INTERVAL_S, seconds_left))
 
 
 def private_directory(owner_pid: int) -> Path:

@@ -143,7 +143,7 @@ class Connection:
         self._ending = ending
         self._lock = threading.Lock()  # held while something is sent
         self._is_closed = False
-        self._n_calls = 0
+        self._n_asked = self._n_answered = 0
         self._called: _Called | None = None
         self._rest_is_due = False  # whether the next message is the rest of a call's arguments
 
@@ -159,7 +159,8 @@ class Connection:
             id, wants_origin, method, model, *arguments = message
             record = RequestRecord(id) if id else None
             do = self._call if method == "call" else partial(self._ask, method)
-            asked = (record, do, wants_origin, model, *arguments)
+            self._n_asked += 1
+            asked = (self._n_asked, record, do, wants_origin, model, *arguments)
             if method == "call" and model in self._engine.models and self._engine.models[model].is_running:
                 self._run(*asked)
             else:
@@ -183,22 +184,25 @@ class Connection:
             called.job.cancel()
             called.model.leave(called.job, failed=called.deadline <= time.monotonic())
 
-    def _run(self, record: RequestRecord | None, do: Callable[..., None], *asked: Any) -> None:
+    def _run(self, number: int, record: RequestRecord | None, do: Callable[..., None], *asked: Any) -> None:
         """Do what was asked, and answer with the error of what goes wrong."""
         current.set(record)
         try:
-            do(*asked)
+            do(number, *asked)
         except ServerError as error:
-            self._send((False, error.with_traceback(None), None, None))  # whose frames hold the call's pictures
+            error.with_traceback(None)  # whose frames hold the call's pictures
+            self._send(number, (False, error, None, None))
         except Exception:
             logger.exception("The engine failed on a request")
-            self._send((False, ServerError("the engine failed on this request; its log says why"), None, None))
+            failure = ServerError("the engine failed on this request; its log says why")
+            self._send(number, (False, failure, None, None))
         finally:
             current.set(None)
 
-    def _call(self, wants_origin: bool, name: str, call: Sequence[Any], has_rest: bool, deadline: float) -> None:
+    def _call(
+        self, number: int, wants_origin: bool, name: str, call: Sequence[Any], has_rest: bool, deadline: float
+    ) -> None:
         job = Job(Call(*call), is_complete=not has_rest)
-        self._n_calls = number = self._n_calls + 1
         called = _Called(number, self._engine.models[name], job, deadline, wants_origin)
         with self._lock:
             if self._is_closed:  # while there was no thread for it yet
@@ -213,7 +217,9 @@ class Connection:
             # The web worker is to hear what goes wrong before it gives up.
             self._engine.submit(name, job, deadline - DEADLINE_MARGIN_S)
         except BaseException:
-            self._called = None
+            with self._lock:
+                if self._called is called:  # not a later one, begun since this one was answered at its deadline
+                    self._called = None
             raise
         if job.ended:  # the web worker has left while the model was being started
             called.model.leave(job)
@@ -236,18 +242,20 @@ class Connection:
         called.model.leave(called.job, failed=isinstance(error, ServerError) and error.status >= 500)
         origin = called.job.origin if called.wants_origin else None
         answer = result.result() if error is None else error
-        self._send((error is None, answer, tuple(called.job.times()), origin and tuple(origin)))
+        self._send(number, (error is None, answer, tuple(called.job.times()), origin and tuple(origin)))
 
-    def _ask(self, method: str, wants_origin: bool, model: str, *arguments: Any) -> None:
+    def _ask(self, method: str, number: int, wants_origin: bool, model: str, *arguments: Any) -> None:
         answer = _ask(self._engine, method, model, arguments)
         record = current.get()
         origin = record.answer_origin if record is not None and wants_origin else None
-        self._send((True, answer, None, origin and tuple(origin)))
+        self._send(number, (True, answer, None, origin and tuple(origin)))
 
-    def _send(self, answer: Answer) -> None:
+    def _send(self, number: int, answer: Answer) -> None:
+        """Send the answer to what was asked as the ``number``-th, unless it has one: the next would get the second."""
         with self._lock, suppress(OSError):  # the web worker has left
-            if self._is_closed:
+            if self._is_closed or number <= self._n_answered:
                 return
+            self._n_answered = number
             if (send_later := send_answer(self.channel.send_if_small, answer)) is None:
                 return
             try:

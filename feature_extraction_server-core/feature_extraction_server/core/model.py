@@ -126,6 +126,11 @@ class ModelRun:
         """Whether the model is to go on running: it was not stopped, and has not failed."""
         return not self.ended and self._model.state is not State.STOPPING
 
+    @property
+    def is_needed(self) -> bool:
+        """Whether the model is to go on running, or at least to answer jobs that it accepted before it was stopped."""
+        return self.is_wanted or (not self.ended and not all(job.ended for job in list(self.jobs)))
+
     def load_model(self) -> None:
         """Load the model. A failure is recorded and logged, not raised: ``fetch_jobs`` then ends at once."""
         if not self._model._begin_loading(self):
@@ -487,7 +492,9 @@ class Model:
     def is_running(self) -> bool:
         """Whether ``submit`` has nothing to do but to queue a job."""
         with self._changed:
-            return self._state is State.RUNNING and not self._current_run().has_dead_consumer
+            run = self._run
+            # While one that has ended unasked is unloaded, the state still is RUNNING; a moment later it is FAILED.
+            return self._state is State.RUNNING and run is not None and not (run.ended or run.has_dead_consumer)
 
     @property
     def has_dead_consumer(self) -> bool:
