@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,8 +32,13 @@ RATES: Final = (100, 1_000, 10_000, 100_000)
 #: So many requests a simulation, but not for less than so many seconds.
 N_REQUESTS: Final = 100_000
 MIN_SECONDS: Final = 3.0
+#: Nor for more, unless there would be fewer requests than a percentile needs.
+MAX_SECONDS: Final = 60.0
+LEAST_REQUESTS: Final = 1_000
 WARM_UP_S: Final = 1.0
 SEEDS: Final = (1, 2, 3)
+#: Every number of servers is tried up to so many that are needed, and about so many of them where it is more.
+N_TRIED: Final = 16
 
 
 class Unreachable(Exception):
@@ -47,6 +53,10 @@ class Goal:
     percentile: float = 99.0
     availability: float = 0.9999
 
+    def __post_init__(self) -> None:
+        if not 0 < self.availability < 1:
+            raise ValueError(f"availability is {self.availability:g}: it must be between 0 and 1, as 0.999 is")
+
 
 @dataclass(frozen=True)
 class Failures:
@@ -54,6 +64,10 @@ class Failures:
 
     mtbf_h: float = 720.0
     mttr_min: float = 10.0
+
+    def __post_init__(self) -> None:
+        if not (self.mtbf_h > 0 and self.mttr_min >= 0):
+            raise ValueError(f"a node fails every {self.mtbf_h:g} h for {self.mttr_min:g} minutes: that cannot be")
 
     @property
     def up(self) -> float:
@@ -85,9 +99,9 @@ def fewest(meets: Callable[[int], bool], at_least: int, at_most: int) -> int:
     """
     low, high, step = at_least, at_least, 1
     while not meets(high):
-        low, high, step = high + 1, high + step, 2 * step
-        if low > at_most:
+        if high == at_most:
             raise Unreachable
+        low, high, step = high + 1, min(high + step, at_most), 2 * step
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if meets(middle) else (middle + 1, high)
@@ -96,15 +110,20 @@ def fewest(meets: Callable[[int], bool], at_least: int, at_most: int) -> int:
 
 def spares(needed: int, up: float, availability: float) -> int:
     """Return how many more there must be so that ``needed`` are up for this part of the time, each by itself."""
+    if up == 1:
+        return 0
     extra = 0
-    while True:
-        n = needed + extra
-        at_least_needed = math.fsum(
-            math.exp(_log_choices(n, k) + (n - k) * math.log(up) + k * math.log1p(-up)) for k in range(extra + 1)
-        )
-        if at_least_needed >= availability:
-            return extra
+    while _too_few_up(needed, extra, up) > 1 - availability:
         extra += 1
+    return extra
+
+
+def _too_few_up(needed: int, extra: int, up: float) -> float:
+    """Return the part of the time that more than ``extra`` are down: a sum that has no 1 in it to be rounded to."""
+    n = needed + extra
+    return math.fsum(
+        math.exp(_log_choices(n, k) + (n - k) * math.log(up) + k * math.log1p(-up)) for k in range(extra + 1, n + 1)
+    )
 
 
 def _log_choices(n: int, k: int) -> float:
@@ -129,23 +148,14 @@ def plan(costs: Costs, load: Load, goal: Goal, failures: Failures) -> Plan:
     Raises:
         Unreachable: the goal is too near to what a request takes that is alone.
     """
-    rate = load.requests_per_s
-    seconds = WARM_UP_S + max(MIN_SECONDS, min(60.0, N_REQUESTS / rate))
+    seconds = simulated_s(load.requests_per_s)
 
-    def kept(servers: int, replicas: int, seeds: Sequence[int] = SEEDS[:1]) -> bool:
-        outcomes = (simulate(costs, load, servers, replicas, seconds, seed) for seed in seeds)
+    @cache
+    def kept(servers: int, replicas: int) -> bool:
+        outcomes = (simulate(costs, load, servers, replicas, seconds, seed) for seed in SEEDS)
         return all(outcome.percentile_ms(goal.percentile, WARM_UP_S) <= goal.ms for outcome in outcomes)
 
-    n_servers, n_replicas = least_servers(costs, rate), least_replicas(costs, rate)
-    many = 2 * n_servers + 1
-    try:
-        replicas = fewest(lambda n: kept(many, n), n_replicas, 10 * n_replicas + 10)
-        while not kept(many, replicas, SEEDS[1:]):
-            replicas += 1
-    except Unreachable:
-        alone = costs.web_ms + costs.engine_ms + costs.call_ms + costs.network_ms + costs.replica_ms(1)
-        raise Unreachable(f"{goal.ms:g} ms cannot be kept: a request that is alone takes {alone:.3g} ms") from None
-    servers = fewest(lambda n: kept(n, replicas, SEEDS), n_servers, many)
+    servers, replicas = smallest(kept, costs, load, goal)
     nodes = math.ceil(replicas / costs.replicas_per_node)
     failure = simulate(
         costs, load, servers, replicas + costs.replicas_per_node, seconds, SEEDS[0], [[Outage(seconds / 2, math.inf)]]
@@ -161,6 +171,33 @@ def plan(costs: Costs, load: Load, goal: Goal, failures: Failures) -> Plan:
         spares(nodes, failures.up, goal.availability),
         failure,
     )
+
+
+def simulated_s(rate: float) -> float:
+    """Return for how long to simulate a rate of requests."""
+    if rate <= 0:
+        raise ValueError(f"{rate:g} requests a second: there must be some")
+    return WARM_UP_S + max(MIN_SECONDS, min(MAX_SECONDS, N_REQUESTS / rate), LEAST_REQUESTS / rate)
+
+
+def smallest(kept: Callable[[int, int], bool], costs: Costs, load: Load, goal: Goal) -> tuple[int, int]:
+    """Return the fewest replicas, and the fewest servers with so many, for which ``kept(servers, replicas)`` holds.
+
+    More replicas are never worse. More servers may be: each makes smaller calls, and more of them wait at the replicas.
+
+    Raises:
+        Unreachable: there are none.
+    """
+    n_servers, n_replicas = (least(costs, load.requests_per_s) for least in (least_servers, least_replicas))
+    step = math.ceil(n_servers / N_TRIED)
+    tried = range(n_servers, 2 * n_servers + 2, step)
+    try:
+        replicas = fewest(lambda n: any(kept(servers, n) for servers in tried), n_replicas, 10 * n_replicas + 10)
+    except Unreachable:
+        alone = costs.web_ms + costs.engine_ms + costs.call_ms + costs.network_ms + costs.replica_ms(1)
+        raise Unreachable(f"{goal.ms:g} ms cannot be kept: a request that is alone takes {alone:.3g} ms") from None
+    enough = next(servers for servers in tried if kept(servers, replicas))
+    return fewest(lambda n: kept(n, replicas), max(n_servers, enough - step + 1), enough), replicas
 
 
 # What is read and written
@@ -279,10 +316,10 @@ def costs_of(told: dict[str, Any]) -> Costs:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     began = time.monotonic()
-    costs, goal, failures, known = inputs(options)
     try:
+        costs, goal, failures, known = inputs(options)
         plans = [plan(costs, Load(rate, burst=options.burst), goal, failures) for rate in options.rates]
-    except Unreachable as error:
+    except (Unreachable, ValueError) as error:
         sys.exit(f"capacity.py: {error}")
     asked = f"{goal.percentile:g} % of the requests answered within {goal.ms:g} ms, {goal.availability:.2%} of the time"
     lines = [

@@ -1,7 +1,7 @@
 """Measure how many items a second each model manages on this machine, and write the tables of MODEL_SPEEDS.md.
 
     python benchmarks/model_speeds.py                              # every model: an hour, 17 GB of memory
-    python benchmarks/model_speeds.py --models blip tesseract      # the other models' rows stay as they are
+    python benchmarks/model_speeds.py --models blip tesseract      # of this machine, the other models' rows stay
     python benchmarks/model_speeds.py --backends                   # what ENCODER_BACKEND=onnxruntime changes
 
 Where packages carry trained weights, those are used. The other models get random weights of the size of the real ones,
@@ -20,6 +20,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -27,7 +28,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module, metadata
 from itertools import cycle, islice
 from pathlib import Path
@@ -39,7 +40,7 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 PATHS: Final = [ROOT, ROOT / "feature_extraction_server-core", *sorted((ROOT / "plugins").iterdir())]
 sys.path += [str(path) for path in PATHS if str(path) not in sys.path]  # for what is not installed
 
-from benchmarks.bench import busy_s, cpu_name, family, say  # noqa: E402 - the path is set above
+from benchmarks.bench import busy_s, cpu_name, family, kill, say  # noqa: E402 - the path is set above
 from feature_extraction_server.core import subprocesses  # noqa: E402
 from feature_extraction_server.core.check import BATCH_ITEMS, Trial, measure, rate  # noqa: E402
 from feature_extraction_server.core.checkpoints import Checkpoint  # noqa: E402
@@ -52,7 +53,7 @@ from feature_extraction_server.core.setup import build_engine  # noqa: E402
 from feature_extraction_server.core.task import AudioField, ImageField  # noqa: E402
 
 OUTPUT: Final = ROOT / "benchmarks" / "MODEL_SPEEDS.md"
-SECONDS: Final = 3.0
+SECONDS: Final = 2.0
 ATTEMPTS: Final = 2
 #: Of the machine; with more, a measurement is repeated.
 MAX_OTHER_WORK: Final = 0.1
@@ -288,6 +289,7 @@ class Row:
     items: str
     single: str
     batch: str
+    measured: str = ""  # when, and how long each speed
 
     def line(self) -> str:
         cells = (f"`{self.model}`", f"`{self.task}`", self.weights, self.items, self.single, self.batch)
@@ -304,14 +306,15 @@ class BackendRow:
     onnxruntime: str
     ratio: str
     difference: str
+    measured: str = ""  # when, and how long each speed
 
     def line(self) -> str:
         cells = (f"`{self.model}`", self.given, self.torch, self.onnxruntime, self.ratio, self.difference)
         return f"| {' | '.join(cells)} |"
 
 
-HEADER: Final = f"| Model | Task | Weights | Items | One by one | In batches of {BATCH_ITEMS} |"
-BACKEND_HEADER: Final = "| Model | Input | torch | onnxruntime | Ratio | Largest difference |"
+HEADER: Final = f"| Model | Task | Weights | Items | One by one | In batches of {BATCH_ITEMS} | Measured |"
+BACKEND_HEADER: Final = "| Model | Input | torch | onnxruntime | Ratio | Largest difference | Measured |"
 
 
 # Checkpoints and weights of the real size
@@ -556,20 +559,25 @@ def in_own_process(function: Any, *arguments: Any) -> Any:
         Exception: what the function raises.
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+        try:
+            return pool.submit(function, *arguments).result()
+        except (KeyboardInterrupt, SystemExit):  # the pool would wait until the function returns
+            for child in multiprocessing.active_children():
+                kill(family(psutil.Process(child.pid)))
+            raise
 
 
 # The report
 
 
-def machine(seconds: float) -> list[str]:
+def machine() -> list[str]:
     """Return the lines about on what and with which versions it is measured."""
     versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
     return [
         f"* {cpu_name()}, {N_CORES} cores, {psutil.virtual_memory().total / 1e9:.0f} GB; "
         f"{platform.system()} {platform.machine()}",
         f"* Python {platform.python_version()}, {versions}",
-        f"* {N_CORES} threads; {seconds:g} s for each speed, after a call that does not count",
+        f"* {N_CORES} threads; each speed after a call that does not count",
     ]
 
 
@@ -606,13 +614,14 @@ def report(head: Sequence[str], rows: Sequence[Row], backends: Sequence[BackendR
         "",
         "Written by `benchmarks/model_speeds.py`: items a second, decoding included, without HTTP. Random weights of",
         "the real size take as long as trained ones; they are in float32 unless another precision is said. Captions",
-        "have a fixed number of tokens, since none of random weights would end.",
+        "have a fixed number of tokens, since none of random weights would end. The last column says when a row was",
+        "measured, and for how long each of its speeds.",
         "",
         *head,
         "",
         HEADER,
-        "| --- | --- | --- | --- | ---: | ---: |",
-        *(row.line() for row in sorted(rows, key=lambda row: (row.model, row.task))),
+        "| --- | --- | --- | --- | ---: | ---: | --- |",
+        *(f"{row.line()} {row.measured} |" for row in sorted(rows, key=lambda row: (row.model, row.task))),
     ]
     if backends:
         lines += [
@@ -623,22 +632,27 @@ def report(head: Sequence[str], rows: Sequence[Row], backends: Sequence[BackendR
             "vectors, which have length 1, differs at most.",
             "",
             BACKEND_HEADER,
-            "| --- | --- | ---: | ---: | ---: | ---: |",
-            *(row.line() for row in sorted(backends, key=lambda row: (row.model, -len(row.given)))),
+            "| --- | --- | ---: | ---: | ---: | ---: | --- |",
+            *(
+                f"{row.line()} {row.measured} |"
+                for row in sorted(backends, key=lambda row: (row.model, -len(row.given)))
+            ),
         ]
     return "\n".join(lines) + "\n"
 
 
 def write(options: argparse.Namespace, began: str, rows: Sequence[Row], backends: Sequence[BackendRow]) -> None:
     """Put rows into the report; others stay if they were measured on the same machine with the same versions."""
-    head = machine(options.seconds)
+    head, measured = machine(), f"{began}, {options.seconds:g} s"
     old = options.output.read_text() if options.output.exists() else ""
     if not all(line in old for line in head):
         old = ""
     models, encoders = {row.model for row in rows}, {row.model for row in backends}
-    rows = [*rows, *(row for row in speed_rows(old) if row.model not in models)]
-    backends = [*backends, *(row for row in backend_rows(old) if row.model not in encoders)]
-    options.output.write_text(report([f"* {began}", *head], rows, backends))
+    rows = [replace(row, measured=measured) for row in rows]
+    rows += [row for row in speed_rows(old) if row.model not in models]
+    backends = [replace(row, measured=measured) for row in backends]
+    backends += [row for row in backend_rows(old) if row.model not in encoders]
+    options.output.write_text(report(head, rows, backends))
 
 
 def run(model: str, options: argparse.Namespace) -> tuple[list[Row], list[BackendRow]]:
@@ -665,6 +679,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what is measured is ended then too
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may come from anywhere else
     options = parse()
     began = time.strftime("%Y-%m-%d", time.gmtime())

@@ -15,6 +15,7 @@ import asyncio
 import http.client
 import json
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -136,22 +137,18 @@ def measure(options: argparse.Namespace, patience: str) -> list[str]:
     """Start a server, load and ask it, and return the lines of the report."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        running_server(Path(folder), options.workers, SETTINGS) as (server, address),
+        running_server(Path(folder), options.workers, SETTINGS) as (_, address),
     ):
-        try:
-            warm_up(address)
-            numbers = [str(options.connections), str(options.seconds)]
-            command = [sys.executable, __file__, "--load", address, *numbers, patience]
-            told = Path(folder) / "load.json"  # a pipe would have to be read meanwhile
-            with told.open("wb") as file, subprocess.Popen(command, stdout=file) as generator:
-                try:
-                    probes = probe(address, generator)
-                finally:
-                    generator.kill()  # unless it has ended by itself
-            return list(report(patience, json.loads(told.read_text()), probes))
-        finally:
-            server.terminate()
-            server.wait(TIMEOUT_S)
+        warm_up(address)
+        numbers = [str(options.connections), str(options.seconds)]
+        command = [sys.executable, __file__, "--load", address, *numbers, patience]
+        told = Path(folder) / "load.json"  # a pipe would have to be read meanwhile
+        with told.open("wb") as file, subprocess.Popen(command, stdout=file) as generator:
+            try:
+                probes = probe(address, generator)
+            finally:
+                generator.kill()  # unless it has ended by itself
+        return list(report(patience, json.loads(told.read_text()), probes))
 
 
 def warm_up(address: str) -> None:
@@ -192,6 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         loading = load(address, int(connections), float(seconds), patience == "patient")
         print(json.dumps(asyncio.run(loading)))  # noqa: T201
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the server is stopped then too
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--connections", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=8)

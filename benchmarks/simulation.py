@@ -191,7 +191,11 @@ def simulate(
     seed: int = 0,
     node_outages: Sequence[Sequence[Outage]] = (),
 ) -> Outcome:
-    """Simulate ``seconds`` of load. Of random arrivals all are answered, however long that takes afterwards."""
+    """Simulate ``seconds`` of load. Of random arrivals all are answered, however long that takes afterwards.
+
+    Raises:
+        ValueError: every node fails for good, so that these would never be answered.
+    """
     simulation = _Simulation(costs, load, n_servers, n_replicas, seconds, seed, node_outages)
     return simulation.run()
 
@@ -217,6 +221,8 @@ class _Simulation:
                 server.worker = simpy.Resource(self.env, costs.web_cores)
         nodes = [*node_outages, *[()] * n_replicas]
         self.replicas = [Replica(nodes[number // costs.replicas_per_node]) for number in range(n_replicas)]
+        if all(replica.outages and replica.outages[-1].up == math.inf for replica in self.replicas):
+            raise ValueError("every node fails for good: requests would wait for ever")
         self.max_calls = costs.calls_of_a_server(n_servers, n_replicas)
         #: A heap of replicas by their number of calls, with entries that no longer hold.
         self.by_calls = [(0, number, replica) for number, replica in enumerate(self.replicas)]

@@ -5,7 +5,8 @@
 Clients ask four models of ``tests/fakes``: a fast one, a slow one, one that fails on some pictures, and one in a
 process of its own which some pictures kill. Meanwhile the models are stopped and started. Every request must end in
 the right answer or in an error that its picture or a stop accounts for; memory, threads and file descriptors of the
-server's processes must not grow; at the end, all of it must be gone. The exit status is 1 where this does not hold.
+server's processes must not grow, and none of these may end; at the end, all of it must be gone. The exit status is 1
+where this does not hold.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import base64
 import http.client
 import io
 import json
+import math
 import os
 import random
 import select
-import socket
+import signal
 import statistics
 import subprocess
 import sys
@@ -27,6 +29,7 @@ import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,11 +39,18 @@ import psutil
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks.bench import free_port, kill, stop  # noqa: E402 - the path is set above
+
 PLUGIN_PATH = [ROOT / "feature_extraction_server-core", *sorted((ROOT / "plugins").iterdir()), ROOT / "tests" / "fakes"]
 SETTINGS = {"FAKE_SECONDS": "0.03", "FAKE_LOAD_SECONDS": "0.05", "STOP_GRACE_PERIOD": "10", "MAX_QUEUE_SIZE": "64"}
 
 CLIENT_TIMEOUT_S = 60.0
 SAMPLE_INTERVAL_S = 0.25
+#: A model that was stopped, or whose process was killed, answers again within this time, on a busy machine as well.
+RECOVERY_S = 20.0
 #: How much more of it a process may have in the run's last quarter than in its second one.
 ALLOWED_GROWTH = {"MiB": 16.0, "threads": 8.0, "files": 8.0}
 #: What the system calls the memory for pictures (``core/pixels.py``).
@@ -69,6 +79,8 @@ class Record:
     """What was seen: how requests ended, what was done to models, and how much of what each process had, by sample."""
 
     outcomes: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    #: When each model last gave a right answer, on the clock of ``time.monotonic()``.
+    last_right: dict[str, float] = field(default_factory=dict)
     operations: Counter[str] = field(default_factory=Counter)
     violations: list[str] = field(default_factory=list)
     samples: list[dict[tuple[str, str], float]] = field(default_factory=list)
@@ -77,6 +89,8 @@ class Record:
     def add(self, request: Request, outcome: str) -> None:
         with self.lock:
             self.outcomes[request.model][outcome] += 1
+            if outcome == RIGHT:
+                self.last_right[request.model] = time.monotonic()
             if outcome not in request.outcomes:
                 self.violations.append(f"{request.model} {request.caption!r}: {outcome}")
 
@@ -116,9 +130,12 @@ def send(address: str, requests: list[Request], record: Record, ended: threading
         request = chance.choice(requests)
         try:
             outcome = ask(connection, request)
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, http.client.HTTPException) as error:
             connection.close()
             outcome = f"lost: {type(error).__name__}: {error}"
+        except Exception as error:  # of an answer that looks like none that the server should give
+            connection.close()
+            outcome = f"wrong answer: {type(error).__name__}: {error}"
         record.add(request, outcome)
         if outcome != RIGHT:
             ended.wait(0.02)
@@ -156,17 +173,29 @@ def operate(address: str, models: list[str], record: Record, ended: threading.Ev
 
 
 def sample(server: psutil.Process, record: Record, ended: threading.Event) -> None:
-    """Note what the server's processes have. A model's process is left out: it does not live long here."""
-    while not ended.wait(SAMPLE_INTERVAL_S):
-        had: dict[tuple[str, str], float] = {}
-        for name, process in processes_of(server).items():
-            try:
-                had[name, "MiB"] = process.memory_info().rss / (1 << 20)
-                had[name, "threads"] = process.num_threads()
-                had[name, "files"] = process.num_fds() - n_files_of_regions(process.pid)
-            except psutil.Error:
-                record.violations.append(f"the process of the {name} ended")
-        record.samples.append(had)
+    """Note what the server's processes have, and which of them end, whether or not another takes their place.
+
+    A model's process is left out: it does not live long here.
+    """
+    before = processes_of(server)
+    is_last = False
+    while not is_last:
+        is_last = ended.wait(SAMPLE_INTERVAL_S)
+        now = processes_of(server)
+        gone = [name for name, process in before.items() if now.get(name) != process]
+        record.violations += [f"the {name} ended (process {before[name].pid})" for name in gone]
+        record.samples.append(usage(now))
+        before = now
+
+
+def usage(processes: Mapping[str, psutil.Process]) -> dict[tuple[str, str], float]:
+    had: dict[tuple[str, str], float] = {}
+    for name, process in processes.items():
+        with suppress(psutil.Error):  # it has just ended, as the next look will tell
+            had[name, "MiB"] = process.memory_info().rss / (1 << 20)
+            had[name, "threads"] = process.num_threads()
+            had[name, "files"] = process.num_fds() - n_files_of_regions(process.pid)
+    return had
 
 
 def n_files_of_regions(pid: int) -> int:
@@ -185,8 +214,9 @@ def processes_of(server: psutil.Process) -> dict[str, psutil.Process]:
         with suppress(psutil.Error):  # it has just ended
             command = " ".join(child.cmdline())
             if "core.engine_process" in command:
-                found["engine"] = child
-            elif "core.model_process" not in command and "gunicorn" in command:
+                # Parents come first. What the engine starts has its command line for a moment.
+                found.setdefault("engine", child)
+            elif "gunicorn" in command and child.ppid() == server.pid:
                 found[f"web worker {child.pid}"] = child
     return found
 
@@ -208,10 +238,8 @@ def growth(record: Record) -> Iterator[tuple[str, str, float, float]]:
 def running_server(
     folder: Path, n_workers: int, settings: Mapping[str, str] = SETTINGS
 ) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """Start gunicorn as the repository configures it, and yield it and its address when it answers."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{listener.getsockname()[1]}"
+    """Start gunicorn as the repository configures it, yield it and its address when it answers, and see to its end."""
+    address = f"127.0.0.1:{free_port()}"
     paths = os.pathsep.join(map(str, PLUGIN_PATH))
     environment = os.environ | settings | {"PYTHONPATH": paths, "LOG_PATH": str(folder / "log.txt")}
     options = ["-c", str(ROOT / "gunicorn.conf.py"), "-b", address, "-w", str(n_workers)]
@@ -222,10 +250,11 @@ def running_server(
     try:
         wait_until_ready(server, address)
         yield server, address
-    except BaseException:
-        server.kill()
+    except Exception:
         print((folder / "server.txt").read_text()[-5000:])  # noqa: T201
         raise
+    finally:  # of an impatient operator as well
+        stop(server)
 
 
 def wait_until_ready(server: subprocess.Popen[bytes], address: str) -> None:
@@ -246,37 +275,49 @@ def wait_until_ready(server: subprocess.Popen[bytes], address: str) -> None:
 def wait_until_all_answered(record: Record, models: list[str]) -> None:
     """Wait until all models are loaded: what the processes grow by until then is not to be measured."""
     give_up_at = time.monotonic() + CLIENT_TIMEOUT_S
-    while time.monotonic() < give_up_at and not all(record.outcomes.get(model, Counter())[RIGHT] for model in models):
+    while silent := [model for model in models if model not in record.last_right]:
+        if time.monotonic() >= give_up_at:
+            record.violations += [f"{model} gave no right answer within {CLIENT_TIMEOUT_S:g} s" for model in silent]
+            return
         time.sleep(0.02)
+
+
+def note_silent_models(record: Record, models: list[str], last_s: float) -> None:
+    """Tell which models gave no right answer in the last seconds: a refusal is allowed at any time, but not always."""
+    since = time.monotonic() - last_s
+    silent = [model for model in models if record.last_right.get(model, -math.inf) < since]
+    record.violations += [f"{model} gave no right answer in the last {last_s:g} s" for model in silent]
+
+
+def put_under_load(address: str, master: psutil.Process, record: Record, minutes: float, n_clients: int) -> None:
+    ended, requests = threading.Event(), all_requests()
+    models = sorted({request.model for request in requests})
+    with ThreadPoolExecutor(n_clients + 2) as pool:
+        try:
+            work = [pool.submit(send, address, requests, record, ended, seed) for seed in range(n_clients)]
+            wait_until_all_answered(record, models)
+            work.append(pool.submit(operate, address, models, record, ended))
+            work.append(pool.submit(sample, master, record, ended))
+            ended.wait(60 * minutes)
+            note_silent_models(record, models, max(60 * minutes / 4, RECOVERY_S))
+        finally:  # of an impatient operator as well: the pool waits for its threads
+            ended.set()
+    record.violations += [f"a thread ended with {error!r}" for one in work if (error := one.exception())]
 
 
 def soak(minutes: float, n_workers: int, n_clients: int) -> Record:
     """Put a server under load for ``minutes``, end it, and return what was seen."""
-    record, ended, requests = Record(), threading.Event(), all_requests()
-    models = sorted({request.model for request in requests})
+    record = Record()
     with tempfile.TemporaryDirectory() as folder, running_server(Path(folder), n_workers) as (server, address):
         master = psutil.Process(server.pid)
-        threads = [
-            threading.Thread(target=send, args=(address, requests, record, ended, seed)) for seed in range(n_clients)
-        ]
-        threads.append(threading.Thread(target=operate, args=(address, models, record, ended)))
-        threads.append(threading.Thread(target=sample, args=(master, record, ended)))
-        *clients, operator, sampler = threads
-        for client in clients:
-            client.start()
-        wait_until_all_answered(record, models)
-        operator.start()
-        sampler.start()
-        ended.wait(60 * minutes)
-        ended.set()
-        for thread in threads:
-            thread.join()
+        put_under_load(address, master, record, minutes, n_clients)
         left = [master, *master.children(recursive=True)]
         server.terminate()
         if (status := server.wait(CLIENT_TIMEOUT_S)) != 0:
             record.violations.append(f"the server ended with status {status}")
-        for process in psutil.wait_procs(left, timeout=CLIENT_TIMEOUT_S)[1]:
-            record.violations.append(f"the process {process.pid} outlived the server")
+        _, outlived = psutil.wait_procs(left, timeout=CLIENT_TIMEOUT_S)
+        record.violations += [f"the process {process.pid} outlived the server" for process in outlived]
+        kill(outlived)
     return record
 
 
@@ -297,6 +338,7 @@ def report(record: Record, minutes: float) -> str:
 
 
 def main(arguments: Any = None) -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the server is stopped then too
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--workers", type=int, default=2)

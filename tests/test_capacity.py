@@ -21,6 +21,8 @@ from benchmarks.capacity import (
     on_one_machine,
     parse,
     plan,
+    simulated_s,
+    smallest,
     spares,
 )
 from benchmarks.simulation import Costs, Load, Outage, Outcome, outages, simulate
@@ -178,6 +180,11 @@ def test_request_waits_while_the_only_node_is_down() -> None:
     assert len(outcome.latency_ms) == outcome.n_arrived
 
 
+def test_nodes_that_all_fail_for_good_are_refused() -> None:
+    with pytest.raises(ValueError, match="every node fails for good"):
+        simulate(FLAT, Load(20), 1, 1, seconds=4, node_outages=[[Outage(1.0, math.inf)]])
+
+
 def test_nodes_are_up_for_the_part_of_the_time_that_was_asked_for() -> None:
     nodes = outages(200, mtbf_s=90, mttr_s=10, seconds=10_000, seed=1)
 
@@ -205,7 +212,12 @@ def test_curve_is_interpolated_between_what_was_measured() -> None:
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 17, 40])
 def test_fewest_is_the_smallest_that_meets_what_is_asked(limit: int) -> None:
-    assert fewest(lambda n: n >= limit, 1, 50) == limit
+    assert fewest(lambda n: n >= limit, 1, 40) == limit
+
+
+def test_what_is_asked_of_no_more_than_the_most_is_told_to_be_unreachable() -> None:
+    with pytest.raises(Unreachable):
+        fewest(lambda n: n > 40, 1, 40)
 
 
 @pytest.mark.parametrize(
@@ -216,6 +228,8 @@ def test_fewest_is_the_smallest_that_meets_what_is_asked(limit: int) -> None:
         pytest.param(2, 0.9, 0.95, 1, id="three of which two are up: 0.972"),
         pytest.param(2, 0.9, 0.98, 2, id="four of which two are up: 0.9963"),
         pytest.param(3000, 0.999, 0.9999, 11, id="many"),
+        pytest.param(3, 1.0, 0.9999, 0, id="nothing ever fails"),
+        pytest.param(30, 0.99, 1 - 1e-15, 12, id="nearly always"),
     ],
 )
 def test_spares_keep_as_many_up_as_are_needed(needed: int, up: float, availability: float, expected: int) -> None:
@@ -231,6 +245,55 @@ def test_plan_keeps_the_goal_and_one_replica_less_does_not() -> None:
     assert found.outcome.percentile_ms(99, 1) <= 200 < less.percentile_ms(99, 1)
     assert found.servers >= 1
     assert found.failure.n_calls_lost >= 1
+
+
+@pytest.mark.parametrize("availability", [-1, 0, 1, 99.99])
+def test_availability_that_is_no_part_of_the_time_is_refused(availability: float) -> None:
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        Goal(availability=availability)
+
+
+@pytest.mark.parametrize(("mtbf_h", "mttr_min"), [(0, 10), (720, -1)])
+def test_failures_that_cannot_be_are_refused(mtbf_h: float, mttr_min: float) -> None:
+    with pytest.raises(ValueError, match="that cannot be"):
+        Failures(mtbf_h, mttr_min)
+
+
+def test_replicas_are_enough_if_a_number_of_servers_is_that_is_not_too_large() -> None:
+    costs = replace(FLAT, web_ms=1.575, engine_ms=0.462, call_ms=7.785, network_ms=3.41)
+
+    found = plan(costs, Load(100), Goal(ms=300), Failures())
+
+    # With 3 servers, the calls of one replica are too many and too small.
+    assert (found.servers, found.replicas) == (1, 1)
+
+
+@pytest.mark.parametrize("n_servers", [12, 170])
+def test_fewest_servers_are_found_among_those_that_are_enough(n_servers: int) -> None:
+    costs = replace(FLAT, web_ms=10)
+    rate = 100 * n_servers - 1
+
+    found = smallest(lambda servers, replicas: n_servers * 1.2 < servers < n_servers * 1.5, costs, Load(rate), Goal())
+
+    assert found[0] == n_servers * 1.2 // 1 + 1
+
+
+def test_search_ends_where_no_number_keeps_the_goal() -> None:
+    with pytest.raises(Unreachable):
+        smallest(lambda servers, replicas: False, FLAT, Load(100), Goal())
+
+
+@pytest.mark.parametrize("rate", [0.01, 1, 100, 1e5])
+def test_as_many_requests_are_simulated_as_a_percentile_needs(rate: float) -> None:
+    assert simulated_s(rate) * rate >= 1000
+
+
+@pytest.mark.parametrize(
+    ("option", "message"), [(["--availability", "99.99"], "between 0 and 1"), (["--rates", "0"], "must be some")]
+)
+def test_wrong_option_is_told(measured: Path, option: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        main(["--inputs", str(measured), *option])
 
 
 def test_goal_that_no_number_reaches_is_told() -> None:

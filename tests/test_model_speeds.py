@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import signal
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -75,18 +80,21 @@ def test_encoder_s_readme_tells_what_onnxruntime_does(model: str) -> None:
     assert all(f" {row.ratio} times" in line and row.difference in line for row in measured)
 
 
-def options(output: Path) -> argparse.Namespace:
-    return argparse.Namespace(output=output, seconds=2.0)
+def options(output: Path, seconds: float = 2.0) -> argparse.Namespace:
+    return argparse.Namespace(output=output, seconds=seconds)
 
 
 def test_rows_of_models_that_a_run_leaves_out_stay(tmp_path: Path) -> None:
     output = tmp_path / "speeds.md"
     write(options(output), "2020-01-01", [ONE, OTHER], [BACKEND])
 
-    write(options(output), "2020-01-02", [Row("one", "text_embedding", "trained", "texts", "71", "151")], [])
+    write(options(output, seconds=3), "2020-01-02", [replace(ONE, single="71", batch="151")], [])
 
-    assert [row.single for row in speed_rows(output.read_text())] == ["71", "9.4"]
-    assert backend_rows(output.read_text()) == [BACKEND]
+    assert speed_rows(output.read_text()) == [
+        replace(ONE, single="71", batch="151", measured="2020-01-02, 3 s"),
+        replace(OTHER, measured="2020-01-01, 2 s"),
+    ]
+    assert backend_rows(output.read_text()) == [replace(BACKEND, measured="2020-01-01, 2 s")]
 
 
 def test_rows_of_another_machine_do_not_stay(tmp_path: Path) -> None:
@@ -96,8 +104,33 @@ def test_rows_of_another_machine_do_not_stay(tmp_path: Path) -> None:
 
     write(options(output), "2020-01-02", [OTHER], [])
 
-    assert speed_rows(output.read_text()) == [OTHER]
+    assert speed_rows(output.read_text()) == [replace(OTHER, measured="2020-01-02, 2 s")]
     assert backend_rows(output.read_text()) == []
+
+
+INTERRUPTED = """
+import os, signal, sys, time
+from benchmarks import model_speeds
+
+def measure(output):
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(20)
+    output.touch()
+
+if __name__ == "__main__":
+    model_speeds.run = lambda model, options: model_speeds.in_own_process(measure, options.output)
+    sys.exit(model_speeds.main())
+"""
+
+
+def test_measurement_ends_with_its_script(tmp_path: Path) -> None:
+    (script := tmp_path / "script.py").write_text(INTERRUPTED)
+    command = [sys.executable, str(script), "--models", "blip", "--output", str(tmp_path / "output")]
+
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+    assert done.returncode == 128 + signal.SIGTERM
+    assert not (tmp_path / "output").exists()
 
 
 def test_a_cell_tells_one_task_a_kind_of_item_and_weights_that_are_trained() -> None:
