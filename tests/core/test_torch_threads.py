@@ -15,6 +15,7 @@ torch = pytest.importorskip("torch")
 @pytest.fixture(autouse=True)
 def eight_cores(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch_threads, "N_CORES", 8)
+    monkeypatch.setattr(torch_threads, "_taken", None)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = torch.get_num_threads()
     yield
@@ -69,6 +70,15 @@ def test_the_number_given_in_the_environment_is_shared(
     monkeypatch.setenv("OMP_NUM_THREADS", given)
 
     assert torch_threads.share() == expected
+
+
+def test_the_share_that_another_process_has_told_is_what_parts_are_made_for() -> None:
+    torch_threads.take_share(2)
+
+    assert torch.get_num_threads() == 2
+    assert len(torch_threads.split(range(8))) == 2
+    torch_threads.take_share(4)
+    assert len(torch_threads.split(range(8))) == 4
 
 
 def test_parts_are_computed_at_once_by_a_thread_each_with_one_core(monkeypatch: pytest.MonkeyPatch) -> None:

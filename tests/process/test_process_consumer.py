@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -13,9 +15,11 @@ import pytest
 from flask.testing import FlaskClient
 from PIL import Image
 
+from feature_extraction_server.core import torch_threads
 from feature_extraction_server.core.engine import Engine
-from feature_extraction_server.core.errors import ModelLoadFailed
+from feature_extraction_server.core.errors import ModelLoadFailed, ModelUnavailable
 from feature_extraction_server.core.jobs import Batch, Call, Job, Piece
+from feature_extraction_server.core.model import State
 from feature_extraction_server.core.model_process import ModelProcess
 from feature_extraction_server.flask.app import create_app
 from tests.conftest import Server, encode_image
@@ -27,6 +31,47 @@ WAIT_S = 20
 MODEL = "fake_fragile"
 PATH = f"/api/models/{MODEL}/tasks/image_captioning/features"
 Build = Callable[..., Engine]
+Plugin = Callable[[str, str, str], None]
+
+# Its load waits while there is a certain file.
+WAITS = """
+import time
+from pathlib import Path
+consumer_type = "process_consumer"
+def load_model():
+    while Path({path!r}).exists():
+        time.sleep(0.01)
+def text_embedding(text, config):
+    return [[1.0] for _ in text]
+"""
+LOCAL = """
+from feature_extraction_server.core.checkpoints import Checkpoint
+def add_settings(settings_manager):
+    global some_checkpoint
+    some_checkpoint = Checkpoint(settings_manager, "local", "owner/name")
+def load_model():
+    with some_checkpoint.loading():
+        pass
+def provenance():
+    return {"checkpoint": some_checkpoint.name, "revision": some_checkpoint.revision}
+"""
+DIFFERS = """
+import os
+consumer_type = "process_consumer"
+def load_model(): pass
+def provenance():
+    return {"checkpoint": "owner/name", "revision": "commit " + os.environ["MODEL_REPLICA"]}
+def text_embedding(text, config):
+    return [[1.0] for _ in text]
+"""
+TELLS_SHARE = """
+from feature_extraction_server.core import torch_threads
+def load_model():
+    global share_at_load
+    share_at_load = torch_threads.share()
+def tell():
+    return share_at_load, torch_threads.share()
+"""
 
 
 @pytest.fixture
@@ -38,6 +83,45 @@ def client(build: Build) -> FlaskClient:
 def pool() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(16) as executor:
         yield executor
+
+
+@pytest.fixture
+def spawned(monkeypatch: pytest.MonkeyPatch) -> list[ModelProcess]:
+    """What has started a process since."""
+    spawn, started = ModelProcess.spawn, list[ModelProcess]()
+
+    def note(process: ModelProcess) -> None:
+        spawn(process)
+        started.append(process)
+
+    monkeypatch.setattr(ModelProcess, "spawn", note)
+    return started
+
+
+@pytest.fixture
+def gate(plugin: Plugin, tmp_path: Path) -> Path:
+    """The file that the load of the model ``waits`` waits for to go."""
+    path = tmp_path / "gate"
+    plugin("models", "waits", WAITS.format(path=str(path)))
+    return path
+
+
+def jobs_of(*widths: int) -> list[Job]:
+    pictures = [Image.new("RGB", (width, 9)) for width in widths]
+    return [Job(Call("image_captioning", {"image": [one], "config": {}}, ("image",))) for one in pictures]
+
+
+def run(process: ModelProcess, jobs: list[Job]) -> None:
+    Batch(MODEL, process, [Piece(job, 0, 1) for job in jobs]).run()
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    wait_until(lambda: is_gone(pid))
+
+
+def wait_for(engine: Engine, model: str, state: State) -> None:
+    engine.models[model].wait_for_state([state], time.monotonic() + WAIT_S)
 
 
 def body(width: int) -> dict[str, str]:
@@ -193,27 +277,125 @@ def test_of_requests_that_share_a_call_only_the_one_that_kills_the_process_fails
     assert [answer.result(WAIT_S).status_code for answer in answers] == [200, 200, 503, 200]
 
 
-def test_a_process_that_dies_again_while_it_loads_is_not_started_for_each_request_of_a_call(
-    build: Build, monkeypatch: pytest.MonkeyPatch
+def test_a_process_that_dies_again_while_it_loads_is_started_no_more(
+    spawned: list[ModelProcess], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build()  # finds the plugins
-    spawn, spawned = ModelProcess.spawn, list[ModelProcess]()
-
-    def count(process: ModelProcess) -> None:
-        spawned.append(process)
-        spawn(process)
-
-    pictures = [Image.new("RGB", (width, 9)) for width in (2, 40, 41, 42)]
-    jobs = [Job(Call("image_captioning", {"image": [one], "config": {}}, ("image",))) for one in pictures]
+    jobs = jobs_of(2, 40, 41, 42)
     process = ModelProcess(MODEL, 0, 0.05)
     process.load_model()
     monkeypatch.setenv("FAKE_FRAGILE_DIES", "1")
-    monkeypatch.setattr(ModelProcess, "spawn", count)
 
-    Batch(MODEL, process, [Piece(job, 0, 1) for job in jobs]).run()
+    run(process, jobs)
 
-    assert [type(job.future.exception(0)) for job in jobs] == [ModelLoadFailed] * 4
-    assert len(spawned) == 2  # one for each half of the call
+    errors = [job.future.exception(0) for job in jobs]
+    assert [type(error) for error in errors] == [ModelLoadFailed] * 4
+    assert len(set(map(id, errors))) == 4  # each is raised in another thread
+    with pytest.raises(ModelLoadFailed, match="exit status 7"):
+        process.replace()
+    assert len(spawned) == 2  # the first one, and its only successor
+
+
+def test_a_call_that_is_under_way_when_the_model_is_unloaded_starts_no_other_process(
+    spawned: list[ModelProcess], pool: ThreadPoolExecutor
+) -> None:
+    jobs = jobs_of(7, 7)
+    process = ModelProcess(MODEL, 0, 0.05)
+    process.load_model()
+    running = pool.submit(run, process, jobs)
+    wait_until(lambda: jobs[0].times().batch_items == 2)
+
+    process.unload_model()
+
+    running.result(WAIT_S)
+    assert [type(job.future.exception(0)) for job in jobs] == [ModelUnavailable] * 2
+    assert len(spawned) == 1
+
+
+def test_a_stop_ends_a_process_that_hangs_while_it_loads(build: Build, gate: Path) -> None:
+    engine = build(RESULT_CHECK_INTERVAL="0.02")
+    gate.touch()
+    engine.start("waits")
+    wait_for(engine, "waits", State.LOADING)
+
+    engine.stop("waits")
+
+    wait_for(engine, "waits", State.STOPPED)
+
+
+def test_a_stop_ends_a_process_that_hangs_while_it_replaces_another(
+    build: Build, gate: Path, spawned: list[ModelProcess], pool: ThreadPoolExecutor
+) -> None:
+    engine = build(RESULT_CHECK_INTERVAL="0.02", STOP_GRACE_PERIOD="0.1")
+    engine.start("waits", wait=True)
+    gate.touch()
+    kill(engine.status("waits")["pids"][0])
+    answer = pool.submit(engine.run, "text_embedding", "waits", {"text": "a"})
+    wait_until(lambda: len(spawned) == 2)
+
+    engine.stop("waits")
+
+    with pytest.raises(ModelUnavailable):
+        answer.result(WAIT_S)
+    wait_for(engine, "waits", State.STOPPED)
+
+
+def test_a_stop_lets_a_process_load_that_accepted_requests_wait_for(
+    build: Build, gate: Path, pool: ThreadPoolExecutor
+) -> None:
+    engine = build(RESULT_CHECK_INTERVAL="0.02", STOP_GRACE_PERIOD="60")
+    gate.touch()
+    answer = pool.submit(engine.run, "text_embedding", "waits", {"text": "a"})
+    wait_for(engine, "waits", State.LOADING)
+
+    engine.stop("waits")
+    time.sleep(0.1)  # in which it is asked several times whether it is still needed
+    gate.unlink()
+
+    assert answer.result(WAIT_S) == [1.0]
+
+
+def test_a_process_is_not_replaced_by_one_with_other_files_of_a_local_checkpoint(
+    plugin: Plugin, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin("models", "local", LOCAL)
+    monkeypatch.setenv("LOCAL_CHECKPOINT", str(tmp_path / "weights"))
+    weights = tmp_path / "weights" / "model.safetensors"
+    weights.parent.mkdir()
+    weights.write_text("old")
+    process = ModelProcess("local", 0, 0.05)
+    process.load_model()
+    process.replace()
+    weights.write_text("new")
+
+    with pytest.raises(ModelLoadFailed, match="not what the process before had: the files have changed"):
+        process.replace()
+
+    assert process.pid is None
+
+
+def test_processes_that_have_loaded_different_weights_do_not_serve_together(build: Build, plugin: Plugin) -> None:
+    plugin("models", "differs", DIFFERS)
+    engine = build(MODEL_REPLICAS_DIFFERS="2")
+
+    with pytest.raises(ModelLoadFailed, match="different weights: the revision is commit 1, not commit 0"):
+        engine.start("differs", wait=True)
+
+    assert psutil.Process().children() == []
+
+
+def test_a_process_has_the_share_of_the_cores_that_the_engine_has_for_it_but_loads_with_all(
+    plugin: Plugin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin("models", "tells_share", TELLS_SHARE)
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    monkeypatch.setattr(torch_threads, "_n_at_work", 4)
+    process = ModelProcess("tells_share", 0, 0.05)
+    process.load_model()
+
+    shares = process.tell()
+
+    process.unload_model()
+    assert shares == (8, 2)
 
 
 def test_stopping_lets_all_replicas_finish(build: Build, pool: ThreadPoolExecutor) -> None:

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 
-from feature_extraction_server.core.errors import ServerError
+from feature_extraction_server.core.errors import ModelLoadFailed, ServerError
 from feature_extraction_server.core.jobs import Batch
 from feature_extraction_server.core.logs import LogServer
 from feature_extraction_server.core.model import ModelRun
 from feature_extraction_server.core.model_process import ModelProcess
-from feature_extraction_server.core.provenance import KEYS
+from feature_extraction_server.core.provenance import FILES, KEYS, difference
 
 
 def start(model: ModelRun, log_server: LogServer) -> threading.Thread:
@@ -33,13 +33,14 @@ class Replicas:
     def __init__(self, model: ModelRun) -> None:
         n = model.options.n_replicas
         interval_s = model.options.result_check_interval
-        self.processes = [ModelProcess(model.name, replica, interval_s) for replica in range(n)]
+        self.processes = [ModelProcess(model.name, one, interval_s, lambda: model.is_needed) for one in range(n)]
 
     def load_model(self) -> None:
         for process in self.processes:
             process.spawn()
         try:
             self._with_all(ModelProcess.load_model)
+            self._require_same_weights()
         except BaseException:
             self.unload_model()
             raise
@@ -56,6 +57,13 @@ class Replicas:
     def pids(self) -> list[int]:
         """Return the processes' numbers."""
         return [process.pid for process in self.processes if process.pid is not None]
+
+    def _require_same_weights(self) -> None:
+        """Raise ModelLoadFailed where the processes' answers come from different weights; their devices may differ."""
+        first, *others = [process.provenance for process in self.processes if process.provenance is not None]
+        for other in others:
+            if different := difference(other, first, ("checkpoint", "revision", FILES)):
+                raise ModelLoadFailed(f"its processes have loaded different weights: {different}")
 
     def _with_all(self, function: Callable[[ModelProcess], None]) -> None:
         with ThreadPoolExecutor(len(self.processes)) as pool:

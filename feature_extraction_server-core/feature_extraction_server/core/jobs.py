@@ -20,7 +20,7 @@ from functools import cached_property
 from typing import Any, Final, NamedTuple
 
 from feature_extraction_server.core import torch_threads
-from feature_extraction_server.core.errors import ModelError, ModelLoadFailed, ServerError
+from feature_extraction_server.core.errors import ModelError, ServerError
 from feature_extraction_server.core.task import batch_key
 from feature_extraction_server.core.tracking import Origin, RequestRecord, Times, current
 
@@ -237,9 +237,6 @@ class Batch:
             return
         if len(pieces) == 1:
             pieces[0].job.fail(error)
-            return
-        if isinstance(error, ModelLoadFailed):  # the model's process has died, and has no successor
-            fail_all((piece.job for piece in pieces), error)
             return
         # One of the joined jobs may be the cause, or all of them were too much at once: try each half apart.
         middle = len(pieces) // 2

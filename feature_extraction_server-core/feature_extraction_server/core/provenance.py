@@ -8,9 +8,12 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Iterable
 from hashlib import blake2b
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from feature_extraction_server.core.checkpoints import Checkpoint
 from feature_extraction_server.core.resources import device_of
 from feature_extraction_server.core.tracking import Origin, RequestRecord
 
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 KEYS: Final = ("checkpoint", "revision", "dtype", "device")
+#: What ``files_of`` tells; no client is told.
+FILES: Final = "files"
 #: Revisions that do not say which weights they are: the files of a folder may be replaced.
 _UNSURE: Final = (None, "local")
 _IDENTITY_BYTES: Final = 16
@@ -38,6 +43,22 @@ def provenance_of(module: Any) -> dict[str, str | None]:
         logger.exception("The model %s cannot tell where its answers come from", getattr(module, "__name__", module))
         provenance = dict.fromkeys(KEYS)
     return provenance | {"device": device_of(module) or provenance["device"]}
+
+
+def files_of(module: Any) -> str:
+    """Return a digest that changes with any file in the local folders of a model's checkpoints."""
+    checkpoints = [value for value in vars(module).values() if isinstance(value, Checkpoint) and value.is_local]
+    paths = [path for one in checkpoints for path in Path(one.name).rglob("*") if path.is_file()]
+    files = [(str(path), found.st_ino, found.st_size, found.st_mtime_ns) for path in paths for found in [path.stat()]]
+    return blake2b(repr(sorted(files)).encode(), digest_size=_IDENTITY_BYTES).hexdigest()
+
+
+def difference(now: dict[str, str | None], before: dict[str, str | None], keys: Iterable[str]) -> str:
+    """Say in which of the keys two provenances differ; nothing where they do not."""
+    different = [key for key in keys if now[key] != before[key]]
+    return ", ".join(
+        "the files have changed" if key == FILES else f"the {key} is {now[key]}, not {before[key]}" for key in different
+    )
 
 
 def origin_of(model: str, provenance: dict[str, str | None]) -> Origin:

@@ -21,10 +21,13 @@ _Result = TypeVar("_Result")
 
 _lock: Final = threading.Lock()
 _n_at_work = 0
+_taken: int | None = None
 
 
 def share() -> int:
     """Return how many threads one of the models at work should use; OMP_NUM_THREADS is what all of them have."""
+    if _taken is not None:
+        return _taken
     given = os.environ.get("OMP_NUM_THREADS", "")
     n_threads = int(given) if given.isdecimal() and int(given) else N_CORES
     return max(1, n_threads // max(1, _n_at_work))
@@ -42,6 +45,16 @@ def at_work() -> Iterator[None]:
     finally:
         with _lock:
             _n_at_work -= 1
+
+
+def take_share(n_threads: int) -> None:
+    """Compute on the calling thread with this many threads, which are this process's share until the next call.
+
+    For a process with one model, which does not see the others that are at work.
+    """
+    global _taken
+    _taken = n_threads
+    use(n_threads)
 
 
 def use(n_threads: int) -> None:
