@@ -45,7 +45,7 @@ BENCHMARKS: Final = ROOT / "benchmarks"
 START_TIMEOUT_S: Final = 180
 STOP_TIMEOUT_S: Final = 30
 #: After their parent has ended. Some servers leave processes that do not.
-CHILDREN_STOP_TIMEOUT_S: Final = 3
+CHILDREN_STOP_TIMEOUT_S: Final = 1
 MAX_WARM_UP_S: Final = 3.0
 #: A measurement takes longer than it was asked to where the model is too slow to answer each connection this often.
 LEAST_ANSWERS: Final = 2
@@ -176,8 +176,8 @@ def install(name: str) -> None:
     if stamp.exists() and stamp.read_text() == fingerprint:
         return
     say(f"installing {name}")
-    if not (folder / "bin" / "python").exists():
-        venv.create(folder, with_pip=True)
+    if not (folder / "bin" / "pip").exists():  # which comes last: where it is missing, this was interrupted before
+        venv.create(folder, with_pip=True, clear=True)
     python = str(folder / "bin" / "python")
     get_uv = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "uv"]
     for command in (get_uv, [python, ".ci/install.py", "-r", str(requirements)]):
@@ -242,22 +242,17 @@ class Running:
         """Wait until what a generator left unanswered when its time was up is done with."""
         self.ask(self.bodies[0])  # waits in the same queue, behind it
         give_up_at = time.monotonic() + MAX_DRAIN_S
-        used_before_s = self.cpu_s()
+        before_s = self.cpu_s()
         while time.monotonic() < give_up_at:
             time.sleep(DRAIN_CHECK_S)
-            used_s = self.cpu_s()
-            if used_s - used_before_s < IDLE_USE * DRAIN_CHECK_S:
+            now_s = self.cpu_s()
+            if now_s - before_s < IDLE_USE * DRAIN_CHECK_S:
                 return
-            used_before_s = used_s
+            before_s = now_s
 
     def cpu_s(self) -> float:
         """Return the time that its processes have used of the cores."""
-        seconds = 0.0
-        for process in family(self._process):
-            with suppress(psutil.Error):
-                times = process.cpu_times()
-                seconds += times.user + times.system
-        return seconds
+        return used_s(family(self._process))
 
     def memory_mb(self) -> float:
         """Return the memory of all processes; what they share counts once."""
@@ -284,7 +279,13 @@ def running(contender: Contender, workload_name: str) -> Iterator[Running]:
     log = folder / "server.log"
     with log.open("wb") as file:
         started = subprocess.Popen(
-            command, cwd=folder, env=environment(folder), stdout=file, stderr=file, stdin=subprocess.DEVNULL
+            command,
+            cwd=folder,
+            env=environment(folder),
+            stdout=file,
+            stderr=file,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,  # by which stop() finds what is left of it
         )
     try:
         process = psutil.Process(started.pid)
@@ -315,24 +316,26 @@ def wait_until_ready(server: Running, process: subprocess.Popen[bytes], log: Pat
 
 def stop(started: subprocess.Popen[bytes]) -> None:
     """End a server as an operator does, and whatever of it is left then."""
-    processes = family(psutil.Process(started.pid)) if started.poll() is None else []
+    processes = all_of(started)
     try:
         started.terminate()
         with suppress(subprocess.TimeoutExpired):
             started.wait(STOP_TIMEOUT_S)
-        psutil.wait_procs(processes, timeout=CHILDREN_STOP_TIMEOUT_S)
+        wait_until_ended(processes)
     finally:  # of an impatient operator as well
+        processes = list({*processes, *all_of(started)})
         # Those that remove the others' semaphores end by themselves once the others are gone.
-        trackers = [process for process in processes if is_resource_tracker(process)]
+        trackers = [process for process in processes if has_argument(process, "resource_tracker")]
         kill([process for process in processes if process not in trackers])
-        psutil.wait_procs(trackers, timeout=CHILDREN_STOP_TIMEOUT_S)
+        wait_until_ended(trackers)
         kill(trackers)
         started.wait()
 
 
-def is_resource_tracker(process: psutil.Process) -> bool:
+def has_argument(process: psutil.Process, part: str) -> bool:
+    """Tell whether a process was started with an argument that holds a text; one that has ended was not."""
     try:
-        return any("resource_tracker" in argument for argument in process.cmdline())
+        return any(part in argument for argument in process.cmdline())
     except psutil.Error:
         return False
 
@@ -341,7 +344,39 @@ def kill(processes: list[psutil.Process]) -> None:
     for process in processes:
         with suppress(psutil.Error):  # it has ended
             process.kill()
-    psutil.wait_procs(processes, timeout=CHILDREN_STOP_TIMEOUT_S)
+    wait_until_ended(processes)
+
+
+def wait_until_ended(processes: list[psutil.Process]) -> None:
+    """Wait for processes, but not for who has to take note of their end: that may take a second or two."""
+    give_up_at = time.monotonic() + CHILDREN_STOP_TIMEOUT_S
+    while any(map(is_running, processes)) and time.monotonic() < give_up_at:
+        time.sleep(0.01)
+
+
+def is_running(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
+
+
+def all_of(started: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """Return what is there of a process and all that it has started.
+
+    If it leads a session, what it left there when it ended is found as well.
+    """
+    members = [process for process in psutil.process_iter() if session_of(process) == started.pid]
+    if started.poll() is None:
+        members += family(psutil.Process(started.pid))
+    return list(set(members))
+
+
+def session_of(process: psutil.Process) -> int | None:
+    try:
+        return os.getsid(process.pid)
+    except OSError:  # it has ended
+        return None
 
 
 def family(process: psutil.Process) -> list[psutil.Process]:
@@ -350,6 +385,16 @@ def family(process: psutil.Process) -> list[psutil.Process]:
         return [process, *process.children(recursive=True)]
     except psutil.Error:
         return []
+
+
+def used_s(processes: Sequence[psutil.Process]) -> float:
+    """Return the time that processes have used of the cores; one that has ended counts for nothing."""
+    seconds = 0.0
+    for process in processes:
+        with suppress(psutil.Error):
+            times = process.cpu_times()
+            seconds += times.user + times.system
+    return seconds
 
 
 def free_port() -> int:
@@ -397,6 +442,7 @@ class Benchmark:
         self.began = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
         self.load_before = os.getloadavg()
         self.cannot_be_installed: dict[str, str] = {}
+        self.complete = False
 
     def run(self) -> None:
         """Measure all. What fails is kept as such, and is not tried again in later rounds."""
@@ -413,6 +459,7 @@ class Benchmark:
                 self.measure_direct_calls(workload, due)
                 for contender in self.contenders:
                     self.measure_server(workload, contender, due)
+        self.complete = True
 
     def due(self, workload: str, n_rounds: int) -> list[int]:
         """Return the numbers of connections with which to measure once more, after so many rounds.
@@ -608,7 +655,7 @@ def machine(benchmark: Benchmark) -> list[str]:
     installed = dict.fromkeys(["ours", *(SERVERS[name].installed_as or name for name in options.servers)])
     lines = [
         f"* {benchmark.began}, {options.generator}",
-        f"* medians of {options.rounds} rounds of {options.seconds:g} s, or of fewer and longer ones",
+        f"* {rounds(benchmark)}",
         f"* {cpu_name()}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 1e9:.0f} GB; "
         f"{platform.system()} {platform.release()}",
         f"* load average before: {loads[0]}, at the end (the benchmark's own included): {loads[1]}",
@@ -619,7 +666,20 @@ def machine(benchmark: Benchmark) -> list[str]:
         if shares:
             used = f"{median(shares):.0%} of the machine, {max(shares):.0%} at most"
             lines.append(f"* other programs {when} the measurements: {used}{warning(shares)}")
+    if options.generator == "python" and "W0" in options.workloads:
+        lines.append("* **The generator in Python takes too much of the machine for W0: its numbers do not count.**")
     return lines
+
+
+def rounds(benchmark: Benchmark) -> str:
+    """Return of how many rounds the numbers are."""
+    n_rounds, seconds = benchmark.options.rounds, benchmark.options.seconds
+    if not benchmark.complete:
+        most = max(map(len, benchmark.results.measurements.values()), default=0)
+        return f"**interrupted**: medians of up to {most} of {n_rounds} rounds of {seconds:g} s or more"
+    if n_rounds == 1:
+        return f"one round of {seconds:g} s or more"
+    return f"medians of {n_rounds} rounds of {seconds:g} s, or of fewer and longer ones"
 
 
 def warning(shares: list[float]) -> str:
@@ -684,19 +744,38 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if min(options.processes) < 2:
         parser.error("--processes: this server has at least 2, a web worker and the engine")
+    for name in ("connections", "seconds", "rounds"):
+        given = getattr(options, name)
+        if not min(given if isinstance(given, list) else [given]) >= 1:  # not a number is not, either
+            parser.error(f"--{name}: at least 1")
+    if options.generator == "wrk" and choose_generator() != "wrk":
+        parser.error("--generator: wrk is not installed")
     return options
 
 
-def main() -> None:
+def write(path: Path, text: str) -> None:
+    """Write a file, all at once: an interruption leaves the one that was there."""
+    if path.exists() and not path.is_file():  # a terminal, say, which must not be replaced by a file
+        path.write_text(text)
+        return
+    beside = path.with_name(f"{path.name}.new")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parse(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the servers are stopped then too
-    options = parse()
     benchmark = Benchmark(options)
     try:
         benchmark.run()
     finally:
-        text = report(benchmark)
-        options.output.write_text(text)
-        say(f"\n{text}\nwritten to {options.output}")
+        if benchmark.results.measurements:
+            text = report(benchmark)
+            write(options.output, text)
+            say(f"\n{text}\nwritten to {options.output}")
+    if benchmark.results.failures:
+        raise SystemExit("some servers could not be measured: the table says why")
 
 
 if __name__ == "__main__":

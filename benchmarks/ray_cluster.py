@@ -36,7 +36,7 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.bench import family, free_port, kill, stop  # noqa: E402 - the path is set above
+from benchmarks.bench import all_of, family, free_port, has_argument, kill, stop, used_s  # noqa: E402 - the path is set above
 from benchmarks.capacity import markdown  # noqa: E402
 from benchmarks.load import Measurement, choose_generator, measure  # noqa: E402
 from benchmarks.workloads import MeanColour  # noqa: E402
@@ -87,14 +87,24 @@ class Cluster:
         command += ["--include-dashboard=false", f"--node-ip-address={HEAD_IP}", "--object-store-memory=200000000"]
         command += [f"--port={self.address.rpartition(':')[2]}", f"--temp-dir={self.folder}"]
         self._node = self.spawn(command)
+        try:
+            self._wait_until_started()
+        except BaseException:
+            self.close()
+            raise
+
+    def _wait_until_started(self) -> None:
         until = time.monotonic() + START_TIMEOUT_S
-        while "Ray runtime started" not in self.log() and time.monotonic() < until:
+        while "Ray runtime started" not in self.log():
+            if self._node.poll() is not None or time.monotonic() > until:
+                raise SystemExit(f"ray_cluster.py: the cluster did not start\n{self.log()[-3000:]}")
             time.sleep(0.2)
 
     def spawn(self, command: Sequence[str], **more: Any) -> subprocess.Popen[bytes]:
         settings = more.pop("settings", {})
         with (self.folder / "out.txt").open("ab") as log:
             options: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log} | more
+            options["start_new_session"] = True  # by which stop() finds what is left of it
             return subprocess.Popen(command, cwd=self.folder, env=self.environment | settings, **options)
 
     def log(self) -> str:
@@ -102,10 +112,10 @@ class Cluster:
 
     def used_s(self, server: Server) -> float:
         """Return the processor time of all its processes and of all of a server."""
-        return _cpu_s([*family(psutil.Process(self._node.pid)), *family(psutil.Process(server.process.pid))])
+        return used_s([*family(psutil.Process(self._node.pid)), *family(psutil.Process(server.process.pid))])
 
     def close(self) -> None:
-        kill(family(psutil.Process(self._node.pid)))  # asked to end, Ray would take half a minute
+        kill(all_of(self._node))  # asked to end, Ray would take half a minute
         self._node.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -172,17 +182,13 @@ class Server:
         engine = psutil.Process(self.get(f"/api/models/{self.model}/status")["engine_pid"])
         engines = family(engine)
         web = [one for one in family(psutil.Process(self.process.pid)) if one not in engines]
-        return _cpu_s(web), _cpu_s([engine, *(one for one in engines if "driver" in " ".join(one.cmdline()))])
+        return used_s(web), used_s([engine, *(one for one in engines if has_argument(one, "driver"))])
 
     def calls(self) -> tuple[float, float]:
         """Return how many calls there were of the model, and for how many requests."""
         text = self.text("/metrics")
         count, total = (re.findall(rf"^fes_batch_items_{part}{{.*?}} (\S+)$", text, re.M) for part in ("count", "sum"))
         return sum(map(float, count)), sum(map(float, total))
-
-
-def _cpu_s(processes: Sequence[psutil.Process]) -> float:
-    return sum(times.user + times.system for times in (one.cpu_times() for one in processes))
 
 
 @contextmanager
@@ -266,12 +272,13 @@ def scaling(seconds: float, batches: Sequence[int]) -> list[dict[str, Any]]:
                 connections = way.connections * n_replicas
                 settings = {"MAX_BATCH_SIZE": str(way.max_batch_size)}
                 with serving(ray, "waits_50_ms", "text_echo", n_replicas, **settings) as server:
-                    (calls, items), used_s = server.calls(), ray.used_s(server)
+                    (calls, items), before_s, began = server.calls(), ray.used_s(server), time.monotonic()
                     one = load(server.url(server.path), body, connections, seconds)
-                    (calls_after, items_after), used_after_s = server.calls(), ray.used_s(server)
+                    busy_s, passed_s = ray.used_s(server) - before_s, time.monotonic() - began
+                    calls_after, items_after = server.calls()
                 found.append({"replicas": n_replicas} | way._asdict() | {"connections": connections} | vars(one))
                 found[-1]["items_a_call"] = (items_after - items) / (calls_after - calls)
-                found[-1]["cores_busy"] = (used_after_s - used_s) / (WARM_UP_S + seconds)
+                found[-1]["cores_busy"] = busy_s / passed_s
                 sys.stderr.write(f"{json.dumps(found[-1])}\n")
     return found
 

@@ -1,7 +1,7 @@
 """What every server is asked in a benchmark: the requests, how one is decoded, and the model that answers.
 
-The servers differ in how they bring requests to a model. The model itself is the same code for all of them, so that
-a difference between two servers is never one between two models.
+The servers differ in how they bring requests to a model. The model itself is the same code for all of them. Which of
+a batch's items are computed together is up to a server: this one's plugins choose that as those of real models do.
 """
 
 from __future__ import annotations

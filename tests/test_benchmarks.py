@@ -4,25 +4,43 @@ from __future__ import annotations
 
 import http.server
 import io
+import itertools
 import json
 import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+import time
+import venv
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
+import psutil
 import pytest
 from PIL import Image
 
+from benchmarks import bench
 from benchmarks.bench import (
     BENCHMARKS,
     DIRECT,
     SERVERS,
     Benchmark,
     Contender,
+    Failed,
     Results,
     agree,
     contenders,
+    install,
+    is_running,
+    machine,
     parse,
+    stop,
     table,
+    used_s,
     warning,
 )
 from benchmarks.load import Measurement, choose_generator, measure, quantile
@@ -175,10 +193,131 @@ def test_fewer_processes_than_this_server_has_are_refused(capsys: pytest.Capture
     assert "at least 2" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--connections", "--seconds", "--rounds"])
+def test_a_run_that_would_measure_nothing_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse([option, "0"])
+
+    assert f"{option}: at least 1" in capsys.readouterr().err
+
+
+def test_wrk_is_refused_where_it_is_not_installed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+
+    with pytest.raises(SystemExit):
+        parse(["--generator", "wrk"])
+
+    assert "wrk is not installed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("workload", "warned"), [("W0", True), ("W2", False)])
+def test_the_generator_in_python_is_warned_of_where_it_takes_too_much(workload: str, warned: bool) -> None:
+    lines = machine(Benchmark(parse(["--generator", "python", "--workloads", workload])))
+
+    assert any("do not count" in line for line in lines) is warned
+
+
+Run = Callable[[Benchmark], None]
+
+
+@pytest.fixture
+def run_main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Run], Path]:
+    """Runs the script with something else in place of its measuring; gives the file of the results, there before."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    output = tmp_path / "RESULTS.md"
+    output.write_text("of another run")
+
+    def run(measuring: Run) -> Path:
+        monkeypatch.setattr(Benchmark, "run", measuring)
+        with pytest.raises((SystemExit, KeyboardInterrupt)):
+            bench.main(["--workloads", "W0", "--output", str(output)])
+        assert list(tmp_path.iterdir()) == [output]
+        return output
+
+    return run
+
+
+def test_a_run_that_measured_nothing_leaves_the_results_there_were(run_main: Callable[[Run], Path]) -> None:
+    def interrupted(_: Benchmark) -> None:
+        raise KeyboardInterrupt
+
+    assert run_main(interrupted).read_text() == "of another run"
+
+
+def test_an_interrupted_run_writes_what_it_measured_and_says_so(run_main: Callable[[Run], Path]) -> None:
+    def interrupted(benchmark: Benchmark) -> None:
+        benchmark.note("W0", DIRECT, 1, measured(123.0))
+        raise KeyboardInterrupt
+
+    text = run_main(interrupted).read_text()
+
+    assert "| 123 |" in text
+    assert "**interrupted**: medians of up to 1 of 3 rounds" in text
+
+
+def test_a_run_in_which_a_server_failed_ends_with_an_error(run_main: Callable[[Run], Path]) -> None:
+    def failing(benchmark: Benchmark) -> None:
+        benchmark.note("W0", DIRECT, 1, measured(123.0))
+        benchmark.results.failures["W0", Contender("mosec", 2)] = "does not start"
+        benchmark.complete = True
+
+    text = run_main(failing).read_text()
+
+    assert "medians of 3 rounds" in text
+    assert "interrupted" not in text
+
+
+@pytest.mark.parametrize(("left", "made"), [("python", True), ("pip", False)])
+def test_an_environment_without_pip_is_made_anew(
+    left: str, made: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "flask"
+    (folder / "bin").mkdir(parents=True)
+    (folder / "bin" / left).touch()
+    options: list[dict[str, Any]] = []
+    monkeypatch.setattr(venv, "create", lambda _, **more: options.append(more))
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, stderr="no"))
+    monkeypatch.setattr(bench, "venv_of", lambda _: folder)
+
+    with pytest.raises(Failed):
+        install("flask")
+
+    assert options == [{"with_pip": True, "clear": True}] * made
+
+
+def test_what_a_server_left_when_it_ended_by_itself_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "CHILDREN_STOP_TIMEOUT_S", 0.1)
+    start_another = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', 'input()'], stdin=0).pid)"
+    left_alone = subprocess.Popen(
+        [sys.executable, "-c", start_another],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        start_new_session=True,
+    )
+    with left_alone:
+        assert left_alone.stdout is not None
+        child = psutil.Process(int(left_alone.stdout.readline()))
+        left_alone.wait()
+
+        stop(left_alone)
+
+        assert not is_running(child)
+
+
+def test_a_process_that_has_ended_counts_for_no_time() -> None:
+    with subprocess.Popen([sys.executable, "-c", ""], stdin=subprocess.DEVNULL) as process:
+        seen = psutil.Process(process.pid)
+
+    assert used_s([seen]) == 0
+
+
 class Echo(http.server.BaseHTTPRequestHandler):
     """Answers a request with its body, or with 500 if that is ``"bad"``; notes what came."""
 
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # one packet an answer: a second one would wait for the client's word on the first
     bodies: list[str]
 
     def do_POST(self) -> None:
@@ -193,17 +332,37 @@ class Echo(http.server.BaseHTTPRequestHandler):
         pass
 
 
+class Server(http.server.ThreadingHTTPServer):
+    daemon_threads = False  # so that closing it waits for them
+
+    def handle_error(self, *_: object) -> None:
+        pass  # a generator leaves when its time is up, whatever is on its way
+
+
 @pytest.fixture
-def echo() -> Iterator[tuple[str, list[str]]]:
-    """The address of an echoing server, and the bodies that it receives."""
-    bodies: list[str] = []
-    handler = type("Handler", (Echo,), {"bodies": bodies})
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+def serve() -> Iterator[Callable[[type[Echo]], str]]:
+    """Starts servers; gives the address of each."""
+    servers: list[tuple[Server, threading.Thread]] = []
+
+    def start(handler: type[Echo]) -> str:
+        server = Server(("127.0.0.1", 0), handler)
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
-        yield f"http://127.0.0.1:{server.server_port}/predict", bodies
+        servers.append((server, thread))
+        return f"http://127.0.0.1:{server.server_port}/predict"
+
+    yield start
+    for server, thread in servers:
         server.shutdown()
         thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def echo(serve: Callable[[type[Echo]], str]) -> tuple[str, list[str]]:
+    """The address of an echoing server, and the bodies that it receives."""
+    bodies: list[str] = []
+    return serve(type("Handler", (Echo,), {"bodies": bodies})), bodies
 
 
 GENERATORS = sorted({"python", choose_generator()})
@@ -229,6 +388,66 @@ def test_an_answer_with_an_error_status_counts_as_an_error(generator: str, echo:
 
     assert result.n_errors > 0
     assert result.requests_per_s == 0
+    assert 0 < result.p50_ms <= result.p99_ms
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_latencies_are_those_of_answers_that_came(generator: str, serve: Callable[[type[Echo]], str]) -> None:
+    slow_s, numbers = 0.5, itertools.count(1)
+
+    class SlowNowAndThen(Echo):
+        bodies: list[str] = []
+
+        def do_POST(self) -> None:
+            time.sleep(slow_s if next(numbers) % 200 == 0 else 0.002)
+            super().do_POST()
+
+    # wrk itself takes it that during each slow answer there were to be many others, nearly as slow.
+    result = measure(generator, serve(SlowNowAndThen), ['"one"'], connections=4, seconds=1.5)
+
+    assert next(numbers) > 200, "none was slow"
+    assert result.p99_ms < 1e3 * slow_s / 2
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_a_connection_that_the_server_says_it_closes_is_no_error(
+    generator: str, serve: Callable[[type[Echo]], str]
+) -> None:
+    class Closing(Echo):
+        bodies: list[str] = []
+
+        def end_headers(self) -> None:
+            self.send_header("Connection", "close")
+            super().end_headers()
+
+    result = measure(generator, serve(Closing), ['"one"', '"two"'], connections=2, seconds=0.3)
+
+    assert len(Closing.bodies) > 4
+    assert result.n_errors == 0
+    assert result.requests_per_s > 0
+
+
+def test_an_answer_that_is_not_http_counts_as_an_error(serve: Callable[[type[Echo]], str]) -> None:
+    class Muttering(Echo):
+        bodies: list[str] = []
+
+        def do_POST(self) -> None:
+            self.bodies.append("")
+            self.wfile.write(b"hm\r\n\r\n")
+            self.close_connection = True
+
+    result = measure("python", serve(Muttering), ['"one"'], connections=1, seconds=0.3)
+
+    assert result.n_errors >= len(Muttering.bodies) - 1 > 0
+
+
+def test_a_connection_that_never_had_an_answer_counts_as_an_error() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/predict"
+
+        result = measure("python", url, ['"one"'], connections=3, seconds=0.3)
+
+    assert result == Measurement(requests_per_s=0, p50_ms=0, p99_ms=0, n_errors=3)
 
 
 def test_the_readme_tells_of_every_server_and_every_workload() -> None:

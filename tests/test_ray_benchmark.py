@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
+from benchmarks.bench import is_running
 from benchmarks.capacity import costs_of
-from benchmarks.ray_cluster import FINDINGS, PARTS, costs, machine_of, main, tables
+from benchmarks.ray_cluster import FINDINGS, PARTS, Cluster, costs, machine_of, main, tables
 
 
 def measured(p50_ms: float, engine_ms: float, requests_a_call: float) -> dict[str, Any]:
@@ -69,3 +73,41 @@ def test_kept_findings_are_what_the_simulation_reads() -> None:
 
     assert costs_of(known["costs"]).replica_ms(1) == 50
     assert known["ray"].keys() <= PARTS.keys()
+
+
+def has_ended(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or not is_running(psutil.Process(pid))
+
+
+@pytest.fixture
+def ray(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A program in the place of ``ray``, which starts a process and ends; the file with that process's number."""
+    script, child = tmp_path / "ray", tmp_path / "child"
+    script.write_text(f"#!/bin/sh\nsleep 1000 &\necho $! > {child}.new\nmv {child}.new {child}\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    return child
+
+
+def test_a_cluster_that_does_not_start_is_told_of_and_leaves_nothing(ray: Path) -> None:
+    with pytest.raises(SystemExit, match="did not start"):
+        Cluster()
+
+    assert has_ended(int(ray.read_text()))
+
+
+def test_a_cluster_whose_start_is_interrupted_leaves_nothing(ray: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = ray.with_name("ray")
+    script.write_text(f"{script.read_text()}wait\n")
+
+    def interrupt_once_it_runs(_: Cluster) -> str:
+        if ray.exists():
+            raise KeyboardInterrupt
+        return ""
+
+    monkeypatch.setattr(Cluster, "log", interrupt_once_it_runs)
+
+    with pytest.raises(KeyboardInterrupt):
+        Cluster()
+
+    assert has_ended(int(ray.read_text()))

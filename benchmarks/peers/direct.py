@@ -25,7 +25,7 @@ def measure(model: Workload, pool: ThreadPoolExecutor, batch_size: int, seconds:
     while (before := time.perf_counter()) - begun < seconds:
         model(list(pool.map(model.decode, islice(bodies, batch_size))))
         latencies_s += [time.perf_counter() - before] * batch_size
-    return summarize(latencies_s, time.perf_counter() - begun, n_errors=0)
+    return summarize(latencies_s, time.perf_counter() - begun)
 
 
 def main(workload: str, seconds: float, connections: list[int]) -> dict[str, Any]:
