@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import io
 import struct
 import tracemalloc
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from PIL import Image, ImageFile, ImageOps
 
 from feature_extraction_server.core import media
 from feature_extraction_server.core.errors import InvalidInput, TooLarge
+from feature_extraction_server.core.image_limits import excess_of_picture
 from feature_extraction_server.core.media import Audio, decode_audio, decode_base64, decode_image
 from tests.conftest import encode_image
 from tests.media_files import RATE_HZ, encode, png, png_chunk, recording, wav
@@ -270,6 +273,35 @@ def test_grey_keeps_its_brightness(image: Image.Image, format: str, expected: in
 
 
 @pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        pytest.param(np.array([np.nan, 0.5, 1], np.float32), [0, 128, 255], id="not a number first"),
+        pytest.param(np.array([0.5, np.nan, 1], np.float32), [128, 0, 255], id="not a number"),
+        pytest.param(np.array([np.inf, 0.5, 1], np.float32), [0, 128, 255], id="infinite"),
+        pytest.param(np.array([-np.inf, 77, 255], np.float32), [0, 77, 255], id="infinite and negative"),
+        pytest.param(np.array([np.nan, np.nan, np.nan], np.float32), [0, 0, 0], id="no number at all"),
+        pytest.param(np.array([-9999, 0.5, 1], np.float32), [0, 128, 255], id="negative"),
+        pytest.param(np.array([-3.4e38, 0.5, 1], np.float32), [0, 128, 255], id="as negative as can be"),
+        pytest.param(np.array([-1, 32896, 65535], np.int32), [0, 128, 255], id="16 bit, signed"),
+        pytest.param(np.array([-(2**31), 2**30, 2**31 - 1], np.int32), [0, 128, 255], id="32 bit, signed"),
+    ],
+)
+def test_a_few_odd_values_leave_the_others_their_brightness(values: Any, expected: list[int]) -> None:
+    result = decoded(Image.fromarray(values[None]), "TIFF")
+
+    assert np.allclose(np.asarray(result)[0, :, 0], expected, atol=1)
+
+
+def test_floats_are_scaled_alike_in_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(media, "_BLOCK_VALUES", 2 * 4)
+    values = np.arange(5 * 4, dtype=np.float32).reshape(5, 4)
+
+    result = decoded(Image.fromarray(values * 100), "TIFF")
+
+    assert np.allclose(np.asarray(result)[:, :, 0], values * 100 * 255 / 65535, atol=1)
+
+
+@pytest.mark.parametrize(
     ("data", "expected"),
     [
         pytest.param(png(1, 1, 2, 0, b"\0\x40"), (85, 85, 85), id="grey of 2 bits"),
@@ -438,15 +470,34 @@ def with_scans(n: int) -> bytes:
     return jpeg[:-2] + bytes.fromhex("ffda0008010100013f10") * n + jpeg[-2:]
 
 
-def jpeg_2000(n_tiles: int, n_components: int) -> bytes:
-    """A row of pixels in JPEG 2000, each a tile of its own, of which only the headers are there."""
+def with_empty_segments(n: int) -> bytes:
+    jpeg = base64.b64decode(encode_image(RED, "JPEG"))
+    return jpeg[:2] + b"\xff\xe5\0\2\xff\xfe\0\2" * (n // 2) + jpeg[2:]
+
+
+def with_long_frames(n: int) -> bytes:
+    """A JPEG with so many more headers of frames, each of as many components as have room in it."""
+    jpeg = base64.b64decode(encode_image(RED, "JPEG"))
+    n_components = 21_842
+    frame = struct.pack(">HHBHHB", 0xFFC0, 8 + 3 * n_components, 8, 30, 40, 3) + b"\1\x11\0" * n_components
+    return jpeg[:2] + frame * n + jpeg[2:]
+
+
+def jpeg_2000(
+    n_tiles: int = 1, n_components: int = 1, *, side: int = 1, headers: bytes = b"", before_all: bytes = b""
+) -> bytes:
+    """A row of square tiles in JPEG 2000, of which only the headers are there."""
 
     def box(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I4s", 8 + len(data), name) + data
 
-    header = box(b"ihdr", struct.pack(">IIHBBBB", 1, n_tiles, 3, 7, 7, 0, 0)) + box(b"colr", b"\1\0\0\0\0\0\x10")
-    size = struct.pack(">H8IH", 0, n_tiles, 1, 0, 0, 1, 1, 0, 0, n_components) + b"\7\1\1" * n_components
-    codestream = b"\xff\x4f\xff\x51" + struct.pack(">H", 2 + len(size)) + size + b"\xff\xd9"
+    header = box(b"ihdr", struct.pack(">IIHBBBB", side, n_tiles * side, 3, 7, 7, 0, 0))
+    header += box(b"colr", b"\1\0\0\0\0\0\x10")
+    size = struct.pack(">H8IH", 0, n_tiles * side, side, 0, 0, side, side, 0, 0, n_components)
+    size += b"\7\1\1" * n_components
+    codestream = (
+        b"\xff\x4f" + before_all + b"\xff\x51" + struct.pack(">H", 2 + len(size)) + size + headers + b"\xff\xd9"
+    )
     return (
         box(b"jP  ", b"\r\n\x87\n")
         + box(b"ftyp", b"jp2 \0\0\0\0jp2 ")
@@ -456,9 +507,57 @@ def jpeg_2000(n_tiles: int, n_components: int) -> bytes:
     )
 
 
+def style(
+    *, component: int | None = None, n_layers: int = 1, block: tuple[int, int] = (6, 6), precincts: bytes | None = None
+) -> bytes:
+    """The header that says how all components of a JPEG 2000 are divided, or one; sides are powers of 2."""
+    sides = b"\xff" if precincts is None else precincts
+    divided = struct.pack(">BBBBB", len(sides) - 1, block[0] - 2, block[1] - 2, 0, 1) + (precincts or b"")
+    has_precincts = precincts is not None
+    if component is None:
+        return struct.pack(">HHBBHB", 0xFF52, 12 + len(precincts or b""), has_precincts, 0, n_layers, 0) + divided
+    return struct.pack(">HHBB", 0xFF53, 9 + len(precincts or b""), component, has_precincts) + divided
+
+
+SMALL_PRECINCTS = style(precincts=b"\0")
+TILE_PART = struct.pack(">HHHIBB", 0xFF90, 10, 0, 0, 0, 1)
+
+
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
+        pytest.param(with_empty_segments(300_000), "10000 segments of metadata", id="empty segments"),
+        pytest.param(with_long_frames(20), "10000 segments of metadata", id="long frames"),
+        pytest.param(jpeg_2000(side=1000, headers=SMALL_PRECINCTS), "200000 precincts", id="precincts"),
+        pytest.param(jpeg_2000(side=2000, headers=style(block=(2, 2))), "200000 precincts, code-blocks", id="blocks"),
+        pytest.param(jpeg_2000(1000, side=100, headers=SMALL_PRECINCTS), "precincts", id="precincts of all tiles"),
+        pytest.param(
+            jpeg_2000(side=1000, headers=style(n_layers=65_535, precincts=b"\x44")), "and packets", id="layers"
+        ),
+        pytest.param(
+            jpeg_2000(side=1000, headers=style() + style(component=0, precincts=b"\0")),
+            "200000 precincts",
+            id="precincts of one component",
+        ),
+        pytest.param(jpeg_2000(side=1000, headers=style() + SMALL_PRECINCTS), "200000 precincts", id="a second style"),
+        pytest.param(
+            jpeg_2000(side=1000, headers=style() + TILE_PART + SMALL_PRECINCTS), "200000 precincts", id="a tile's style"
+        ),
+        pytest.param(
+            jpeg_2000(side=1000, headers=b"\xff\x70\x7f\xff" + SMALL_PRECINCTS),
+            "200000 precincts",
+            id="a style in data",
+        ),
+        pytest.param(
+            # Its first two bytes are the number of layers of another one.
+            jpeg_2000(side=1000, headers=b"\xff\x52\0\x0c\0\0" + SMALL_PRECINCTS),
+            "200000 precincts",
+            id="a style in another",
+        ),
+        pytest.param(
+            jpeg_2000(headers=b"".join(style(n_layers=n) for n in range(1, 100))), "50 different", id="styles"
+        ),
+        pytest.param(jpeg_2000(5000, before_all=b"\xff\x30\0\0"), "4096 tiles", id="tiles after another header"),
         pytest.param(with_segments(100_000), "100 segments of Exif", id="Exif"),
         pytest.param(with_scans(300_000), "more than 222222 scans", id="scans"),
         pytest.param(jpeg_2000(1, 16_384), "4 components", id="components"),
@@ -478,9 +577,128 @@ def test_an_image_that_takes_long_or_much_for_its_pixels_is_refused_before_it_is
     assert caught.value.field == "image"
 
 
-@pytest.mark.parametrize("data", [with_segments(3), with_scans(20)], ids=["Exif", "scans"])
+@pytest.mark.parametrize(
+    "data",
+    [
+        pytest.param(with_segments(3), id="Exif"),
+        pytest.param(with_scans(20), id="scans"),
+        pytest.param(with_segments(0) + b"\xff\xe5\0\xc8" + bytes(200) * 6000, id="large"),
+        pytest.param(with_empty_segments(5000) + bytes(2_000_000), id="empty segments"),
+    ],
+)
 def test_an_image_with_a_few_of_what_may_be_too_many_is_read(data: bytes) -> None:
     assert decode_image(encode(data), "image", MAX_PIXELS).mode == "RGB"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"codeblock_size": (32, 32)}, id="code-blocks"),
+        pytest.param({"precinct_size": (128, 128)}, id="precincts"),
+        pytest.param({"tile_size": (64, 64)}, id="tiles"),
+        pytest.param({"quality_layers": [80, 40, 20, 10, 5, 2], "irreversible": True}, id="layers"),
+    ],
+)
+def test_a_jpeg_2000_may_be_divided_as_it_usually_is(options: dict[str, Any]) -> None:
+    picture = Image.effect_noise((256, 256), 50).convert("RGB")
+
+    assert decoded(picture, "JPEG2000", **options).size == (256, 256)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        pytest.param(style(precincts=b"\xff" * 6), id="usual"),
+        pytest.param(style(n_layers=50, block=(5, 5), precincts=b"\x77" * 6), id="precincts and layers"),
+        pytest.param(style(block=(4, 4)), id="small blocks"),
+    ],
+)
+@pytest.mark.parametrize(("n_tiles", "side"), [(1, 13_000), (40, 2000), (4000, 100)])
+def test_a_large_jpeg_2000_may_have_as_many_parts_as_are_usual(
+    headers: bytes, n_tiles: int, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    data = jpeg_2000(n_tiles, 4, side=side, headers=headers)
+
+    assert excess_of_picture(data, Image.open(io.BytesIO(data)), 178_956_970) is None
+
+
+def tiff_of(entries: list[tuple[int, int, int, int]], order: str = "<", *, is_big: bool = False) -> bytes:
+    """A TIFF of one grey pixel, with 1,000 bytes at its end.
+
+    Args:
+        entries: tags besides the usual ones: number, type, how many values, and the value, or where they are from the
+            end.
+    """
+    number = 16 if is_big else 4
+    entry, header = ("HHQQ", "HHHQQ") if is_big else ("HHII", "HIH")
+    usual = [(256, number, 1, 1), (257, number, 1, 1), (258, number, 1, 8), (262, number, 1, 1)]
+    data_tags = (324, 325) if 322 in {tag for tag, *_ in entries} else (273, 279)
+    n = len(usual) + 2 + len(entries)
+    end = 2 + struct.calcsize(order + header) + n * struct.calcsize(order + entry) + struct.calcsize(order + entry[-1])
+    usual += [(data_tags[0], number, 1, end), (data_tags[1], number, 1, 1000)]
+    entries = [(*one[:3], end) if one[2] > 1 else one for one in entries]
+    listed = b"".join(struct.pack(order + entry, *one) for one in sorted(usual + entries, key=itemgetter(0)))
+    start = struct.pack(order + header, *((43, 8, 0, 16, n) if is_big else (42, 8, n)))
+    last = bytes(struct.calcsize(order + entry[-1]))
+    return (b"II" if order == "<" else b"MM") + start + listed + last + b"\x4d" * 1000
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize(("order", "is_big"), [("<", False), (">", False), ("<", True)])
+def test_a_tiff_whose_tags_share_their_bytes_is_refused(order: str, is_big: bool) -> None:
+    undefined = 7
+    entries = [(tag, undefined, 1000, 0) for tag in range(50_000, 50_004)]
+
+    with pytest.raises(TooLarge, match="tags that are larger than its file"):
+        decode_image(encode(tiff_of(entries, order, is_big=is_big)), "image", MAX_PIXELS)
+    read = decode_image(encode(tiff_of(entries[:1], order, is_big=is_big)), "image", MAX_PIXELS)
+    assert pixel(read) == (77, 77, 77)
+
+
+def test_a_tiff_that_is_another_one_for_pillow_than_for_libtiff_is_refused() -> None:
+    big = tiff_of([(50_000, 7, 1000, 0)], ">", is_big=True)
+    (place,) = struct.unpack(">I", big[4:8])  # of the tags, in a smaller kind of TIFF
+    data = big.ljust(place, b"\0") + tiff(">", {}, b"\x4d")[9:]
+
+    with pytest.raises(TooLarge, match="tags that may be read in two ways"):
+        decode_image(encode(data), "image", MAX_PIXELS)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_a_tag_of_a_tiff_that_says_to_be_larger_than_the_file_is_passed_over() -> None:
+    read = decode_image(encode(tiff_of([(50_000, 7, 2**31, 0)])), "image", MAX_PIXELS)
+
+    assert pixel(read) == (77, 77, 77)
+
+
+def tile_of(kind: int, side: int) -> list[tuple[int, int, int, int]]:
+    return [(322, kind, 1, side), (323, kind, 1, side)]
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        pytest.param(tile_of(4, 8192), id="large"),
+        pytest.param(tile_of(17, 8192), id="large, by a type that Pillow does not know"),
+        pytest.param(tile_of(17, 8192) + tile_of(4, 16), id="small for Pillow alone"),
+    ],
+)
+def test_tiles_of_a_tiff_that_are_much_larger_than_the_picture_are_refused(
+    entries: list[tuple[int, int, int, int]],
+) -> None:
+    with pytest.raises(TooLarge, match="tiles of more than 4194304 pixels"):
+        decode_image(encode(tiff_of(entries, is_big=True)), "image", MAX_PIXELS)
+
+
+def test_a_tile_of_a_tiff_may_be_a_little_larger_than_the_picture() -> None:
+    assert pixel(decode_image(encode(tiff_of(tile_of(4, 16))), "image", MAX_PIXELS)) == (77, 77, 77)
+
+
+def test_a_strip_of_a_tiff_may_end_after_the_picture() -> None:
+    rows_per_strip = 278, 4, 1, 2**32 - 1
+
+    assert pixel(decode_image(encode(tiff_of([rows_per_strip])), "image", MAX_PIXELS)) == (77, 77, 77)
 
 
 def test_a_tiff_with_very_many_strips_makes_no_object_of_each() -> None:

@@ -1,7 +1,7 @@
 """Images and recordings: from a client's files, as bytes or as base64 text, to pictures and samples.
 
 All of this runs on the request's own thread. Pillow is imported with this module; NumPy, soundfile and soxr
-only when the first recording arrives.
+only when the first recording arrives (NumPy with grey in floating point, too).
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ _REFUSED_FORMATS: Final = frozenset({"EPS", "IPTC"})
 _DATA_URL: Final = re.compile(r"data:([^,;]*)((?:;[^,;]*)*),", re.IGNORECASE)
 _URL_SAFE: Final = bytes.maketrans(b"-_", b"+/")
 _WHITE_SPACE: Final = b" \t\r\n\f\v"
-_AUDIO_BLOCK_VALUES: Final = 1 << 20
+#: What is read or computed at a time: more would be more memory, not less time.
+_BLOCK_VALUES: Final = 1 << 20
 #: Hz, as speech models take recordings: one of 1 Hz is sixteen thousand times as large for them as it came.
 _MODELS_RATE: Final = 16_000
 
@@ -135,8 +136,9 @@ def decode_image(
 ) -> Image.Image:
     """Decode a picture's file, or its base64, of any format that Pillow reads (but EPS and IPTC) to RGB.
 
-    EXIF orientation is applied, transparency laid over white, 16-bit grey scaled to 8 bits; of an animation the first
-    frame is taken.
+    EXIF orientation is applied, transparency laid over white; of an animation the first frame is taken. Grey of more
+    than 8 bits is scaled to 8, from 0 to the full scale of 16 bits, or of 32 where it exceeds that; in floating point,
+    to the smallest of 1, 255 and 65535 that no value exceeds. Negative numbers are black, and so is what is not finite.
 
     Args:
         draft_size: pixels; a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size as long as no side becomes shorter.
@@ -236,8 +238,8 @@ def _to_8_bit_grey(image: Image.Image) -> Image.Image:
     """Scale 16-bit (or 32-bit) grey to 8 bits; Pillow's own conversion would clip it to white."""
     clear = image.info.get("transparency")
     image = image.convert("I")
-    lowest, highest = cast("tuple[int, int]", image.getextrema())
-    full_scale = 65535 if lowest >= 0 and highest <= 65535 else 2**31 - 1
+    highest = cast("tuple[int, int]", image.getextrema())[1]
+    full_scale = 65535 if highest <= 65535 else 2**31 - 1
     grey = image.point(lambda value: value * (255 / full_scale) + 0.5).convert("L")
     grey.info.pop("transparency", None)  # a level of the unscaled image
     if isinstance(clear, int):
@@ -249,9 +251,25 @@ def _to_8_bit_grey(image: Image.Image) -> Image.Image:
 
 def _from_floats(image: Image.Image) -> Image.Image:
     """Scale grey in floating point to 8 bits. No file says what white is: the smallest usual value none exceeds."""
-    highest = cast("tuple[float, float]", image.getextrema())[1]
+    import numpy as np
+
+    highest = max(float(values.max()) for _, values in _finite(image))
     full_scale = next((white for white in (1, 255, 65535) if highest <= white), highest)
-    return image.point(lambda value: value * (255 / full_scale) + 0.5).convert("L")
+    grey = Image.new("L", image.size)
+    for top, values in _finite(image):
+        levels = (np.clip(values, 0, full_scale) * (255 / full_scale) + 0.5).astype(np.uint8)
+        grey.paste(Image.fromarray(levels), (0, top))
+    return grey
+
+
+def _finite(image: Image.Image) -> Iterator[tuple[int, np.ndarray[Any, np.dtype[np.float32]]]]:
+    """Give a picture in floating point row by row, or some at a time, with 0 for what is not a finite number."""
+    import numpy as np
+
+    n_rows = max(1, _BLOCK_VALUES // image.width)
+    for top in range(0, image.height, n_rows):
+        values = np.asarray(image.crop((0, top, image.width, min(top + n_rows, image.height))))
+        yield top, np.where(np.isfinite(values), values, np.float32(0))
 
 
 def decode_audio(source: str | bytes, field: str, max_seconds: float, max_bytes: float = math.inf) -> Audio:
@@ -289,7 +307,7 @@ def _read_mono(
     import numpy as np
 
     max_frames = int(max_seconds * file.samplerate)
-    block_frames = max(1, _AUDIO_BLOCK_VALUES // file.channels)
+    block_frames = max(1, _BLOCK_VALUES // file.channels)
     # Grows in place, where joining a list of blocks would need the memory twice.
     samples = bytearray()
     n_frames = 0
