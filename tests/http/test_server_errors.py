@@ -314,6 +314,7 @@ def test_poisoned_item_of_a_request_fails_the_request_alone(client_with: MakeCli
 
 # Plugins that are broken
 
+ADDS_SETTING = "def add_settings(settings): settings.add_setting(name='{}', type=int, default=5, description='')"
 BROKEN: dict[str, tuple[str, str, str]] = {
     "a module that is not there": ("models", "import no_such_module", "No module named 'no_such_module'"),
     "a syntax error": ("models", "def load_model(:", "SyntaxError"),
@@ -326,6 +327,31 @@ BROKEN: dict[str, tuple[str, str, str]] = {
         "def load_model(): pass\n"
         "def add_settings(settings):\n    settings.add_setting(name='lower', type=str, default='', description='')",
         "upper case",
+    ),
+    "a setting of the core's": (
+        "apis",
+        "def add_routes(application_interface, flask_app): pass\n" + ADDS_SETTING.format("MAX_ITEMS"),
+        "MAX_ITEMS is already declared differently",
+    ),
+    "the core's setting for it": (
+        "models",
+        "def load_model(): pass\n" + ADDS_SETTING.format("MODEL_REPLICAS_ZZ_BROKEN"),
+        "MODEL_REPLICAS_ZZ_BROKEN is already declared differently",
+    ),
+    "the core's setting for its task": (
+        "tasks",
+        "def wrap(func): return func\n" + ADDS_SETTING.format("DEFAULT_MODEL_ZZ_BROKEN"),
+        "DEFAULT_MODEL_ZZ_BROKEN is already declared differently",
+    ),
+    "the core's setting for another's model": (
+        "apis",
+        "def add_routes(application_interface, flask_app): pass\n" + ADDS_SETTING.format("FAKE_ECHO_CONSUMER_TYPE"),
+        "FAKE_ECHO_CONSUMER_TYPE is already declared differently",
+    ),
+    "settings of models that fail": (
+        "consumers",
+        "def start(model, log_server): pass\ndef add_model_settings(settings, models): raise RuntimeError('no way')",
+        "RuntimeError: no way",
     ),
     "no wrap": ("tasks", "task = 1", "no function wrap"),
     "a wrap that is no function": ("tasks", "wrap = 'wrap'", "no function wrap"),
@@ -364,6 +390,27 @@ def test_broken_plugin_is_reported_and_left_out(
     assert "zz_broken" in (tmp_path / "log.txt").read_text()
     assert "zz_broken" not in json_of(client.get("/api/models/list")) + json_of(client.get("/api/tasks/list"))
     assert caption(client, "fake_echo").status_code == 200
+
+
+def test_model_whose_name_gives_it_a_setting_of_the_core_s_is_left_out(
+    plugin: MakePlugin, client_with: MakeClient
+) -> None:
+    plugin("models", "default", "def load_model(): pass\n" + ADDS_SETTING.format("DEFAULT_SIZE"))
+
+    client = client_with(DEFAULT_CONSUMER_TYPE="process_consumer", DEFAULT_SIZE="large")
+
+    error = json_of(client.get("/api/models/default/status"))["error"]
+    assert "setting DEFAULT_CONSUMER_TYPE is already declared differently" in error
+
+
+def test_model_is_left_out_with_its_consumer(plugin: MakePlugin, client_with: MakeClient) -> None:
+    plugin("consumers", "zz_consumer", BROKEN["settings of models that fail"][1])
+    plugin("models", "zz", "consumer_type = 'zz_consumer'\ndef load_model(): pass")
+
+    response = client_with().get("/api/models/zz/status")
+
+    assert response.status_code == 404
+    assert "its consumer_type 'zz_consumer' is unknown" in json_of(response)["error"]
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,10 @@ from __future__ import annotations
 import importlib
 import logging
 import pkgutil
+import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import metadata
@@ -23,8 +25,9 @@ from feature_extraction_server.core.task import TaskSpec
 logger = logging.getLogger(__name__)
 
 NAMESPACE: Final = "feature_extraction_server"
-# Models come last: their functions are known by the tasks' names, their consumer types by the consumers'.
-KINDS: Final = ("consumers", "tasks", "apis", "models")
+# Consumers come before models, whose consumer types are known by them. Apis come last: where settings clash, they fail
+# and not a model, which the engine's process, without apis, would have all the same.
+KINDS: Final = ("consumers", "tasks", "models", "apis")
 BUILT_IN_CONSUMERS: Final = ("process_consumer", "single_thread_consumer")
 _REQUIRED_FUNCTION: Final = {"consumers": "start", "tasks": "wrap", "apis": "add_routes", "models": "load_model"}
 
@@ -43,13 +46,15 @@ class Plugin:
     @cached_property
     def version(self) -> str | None:
         """The version of the distribution that the plugin is installed from; None where it is not installed."""
-        built_in = self.kind == "consumers" and self.name in BUILT_IN_CONSUMERS
-        name = self.name.removesuffix("_consumer") if self.kind == "consumers" else self.name
-        distribution = f"{NAMESPACE}-core" if built_in else f"{NAMESPACE}-{self.kind}-{name}"
-        try:
-            return metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            return None
+        full = short = f"{NAMESPACE}-{self.kind}-{self.name}"
+        if self.kind == "consumers":  # their distributions may do without the suffix
+            short = full.removesuffix("_consumer")
+            if self.name in BUILT_IN_CONSUMERS:
+                full = short = f"{NAMESPACE}-core"
+        for distribution in (full, short):
+            with suppress(metadata.PackageNotFoundError):
+                return metadata.version(distribution)
+        return None
 
     def report(self) -> dict[str, str | None]:
         """Return what ``GET /api/plugins`` tells about it."""
@@ -105,7 +110,7 @@ class Registry:
     @cached_property
     def _implemented(self) -> dict[str, list[str]]:
         return {
-            model: [task for task in sorted(self.tasks) if callable(getattr(module, task, None))]
+            model: [task for task in sorted(self.tasks) if _implements(module, task)]
             for model, module in self.models.items()
         }
 
@@ -151,34 +156,55 @@ class Registry:
         }
 
 
-def discover(settings_manager: SettingsManager, kinds: Sequence[str] = KINDS) -> Registry:
-    """Import and check every plugin on the path of some kinds, and let it add its settings."""
+def _implements(model: ModuleType, task: str) -> bool:
+    """Tell whether a model has a function for a task, and not just a helper of that name that it imports.
+
+    A helper is to be found in its own module under the same name. What a factory there has made is not; and what comes
+    from another module among the models, as from a file beside this one, is no helper.
+    """
+    function = getattr(model, task, None)
+    origin = str(getattr(function, "__module__", None))
+    is_helper = getattr(sys.modules.get(origin), task, None) is function
+    return callable(function) and (origin.startswith(f"{NAMESPACE}.models.") or not is_helper)
+
+
+def _nothing(*_: object) -> None:
+    """What a plugin does that lacks a function which it need not have."""
+
+
+def discover(
+    settings_manager: SettingsManager,
+    kinds: Sequence[str] = KINDS,
+    add_core_settings: Callable[[str, str], None] = _nothing,
+) -> Registry:
+    """Import and check every plugin on the path of some kinds, and let it add its settings.
+
+    Args:
+        settings_manager: holds the settings; what a plugin that fails declared is taken back.
+        kinds: which kinds of plugins; in the order of ``KINDS``.
+        add_core_settings: takes a plugin's kind and name, and declares the core's own settings for it. Where they
+            clash with those of others, the plugin fails.
+    """
     plugins: list[Plugin] = []
+    models = list(_module_names("models"))  # consumers are told before it is known which of them fail
     for kind in kinds:
         consumer_types = {plugin.name for plugin in plugins if plugin.kind == "consumers" and plugin.module}
         for name in _module_names(kind):
             try:
                 module = importlib.import_module(f"{NAMESPACE}.{kind}.{name}")
                 _check(kind, module, consumer_types)
-                settings = settings_manager.declared_by(getattr(module, "add_settings", _no_settings))
+                with settings_manager.all_or_none():
+                    add_core_settings(kind, name)
+                    settings = settings_manager.declared_by(getattr(module, "add_settings", _nothing))
+                    if kind == "consumers":
+                        getattr(module, "add_model_settings", _nothing)(settings_manager, models)
                 plugins.append(Plugin(kind, name, module, settings=settings))
             except BaseException as error:  # whatever one plugin does, SystemExit included, must not stop the server
                 if isinstance(error, KeyboardInterrupt):
                     raise
                 words = str(error) if isinstance(error, PluginError) else f"{type(error).__name__}: {error}"
                 plugins.append(Plugin(kind, name, None, words, traceback.format_exc()))
-        if kind == "models":
-            _add_settings_by_model(plugins, settings_manager)
     return Registry(tuple(sorted(plugins, key=lambda plugin: (plugin.kind, plugin.name))))
-
-
-def _add_settings_by_model(plugins: Sequence[Plugin], settings_manager: SettingsManager) -> None:
-    """Let those consumers that have settings for each model declare them, now that the models are known."""
-    models = [plugin.name for plugin in plugins if plugin.kind == "models" and plugin.module is not None]
-    for plugin in plugins:
-        add_model_settings = getattr(plugin.module, "add_model_settings", None)
-        if plugin.kind == "consumers" and add_model_settings is not None:
-            add_model_settings(settings_manager, models)
 
 
 def _module_names(kind: str) -> Iterator[str]:
@@ -200,7 +226,3 @@ def _check(kind: str, module: ModuleType, consumer_types: set[str]) -> None:
         if consumer_type is not None and not known_type:
             known = ", ".join(sorted(consumer_types))
             raise PluginError(f"its consumer_type {consumer_type!r} is unknown; there are {known}")
-
-
-def _no_settings(settings_manager: SettingsManager) -> None:
-    """What a plugin without ``add_settings`` declares."""

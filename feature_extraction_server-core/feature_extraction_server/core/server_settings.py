@@ -1,4 +1,4 @@
-"""The server's own settings, declared once the plugins are known, because some of them name plugins."""
+"""The server's own settings. They are declared before the plugins' own; some of them name plugins or belong to one."""
 
 from __future__ import annotations
 
@@ -21,61 +21,31 @@ _ORIGIN: Final = re.compile(r"\*|[a-z][a-z0-9+.-]*://[a-z0-9.\-\[\]:]+")
 class ServerSettings:
     """Declares the core's settings and gives their values as what the rest of the core works with.
 
-    A default may name a plugin that is left out: the server starts all the same, and requests get the reason.
+    Whoever discovers the plugins calls ``add_settings_of_plugin`` for each, then ``allow_plugins`` once. A default may
+    name a plugin that is left out: the server starts all the same, and requests get the reason.
     """
 
-    def __init__(self, settings: SettingsManager, registry: Registry) -> None:
-        add = settings.add_setting
-        self._registry = registry
-        broken_models = [name for kind, name in registry.errors if kind == "models"]
+    def __init__(self, settings: SettingsManager) -> None:
+        self._add = add = settings.add_setting
+        self._registry = Registry(())
+        self._default_models: dict[str, Setting[str]] = {}
+        self._consumer_types: dict[str, Setting[str]] = {}
+        self._n_replicas: dict[str, Setting[int]] = {}
         self._preload = add(
             name="PRELOAD_MODELS", type=str, default="", description="Models to start at boot, separated by commas"
         )
-        self._known_models = registry.names("models")
         self.default_task: Setting[str] = add(
             name="DEFAULT_TASK",
             type=str,
             default=None,
-            choices=registry.names("tasks"),
             description="The task that is assumed where a request's task cannot be inferred otherwise",
         )
-        self._default_models = {
-            task: add(
-                name=f"DEFAULT_MODEL_{task.upper()}",
-                type=str,
-                default=None,
-                choices=sorted(registry.models_for(task) + broken_models),
-                description=f"The model that is assumed for the task {task} where a request names none",
-            )
-            for task in sorted(registry.tasks)
-        }
-        self._default_consumer_type = add(
+        self._default_consumer_type: Setting[str] = add(
             name="DEFAULT_CONSUMER_TYPE",
             type=str,
             default="single_thread_consumer",
-            choices=sorted(registry.consumers),
             description="The consumer type of models that do not specify one",
         )
-        self._consumer_types = {
-            model: add(
-                name=f"{model.upper()}_CONSUMER_TYPE",
-                type=str,
-                default=None,
-                choices=sorted(registry.consumers),
-                description=f"The consumer type of the model {model}, in place of what the model itself specifies",
-            )
-            for model in sorted(registry.models)
-        }
-        self._n_replicas = {
-            model: add(
-                name=f"MODEL_REPLICAS_{model.upper()}",
-                type=int,
-                default=1,
-                minimum=1,
-                description=f"Processes of the model {model}, which share its queue; for process_consumer",
-            )
-            for model in sorted(registry.models)
-        }
         self.request_timeout: Setting[float] = add(
             name="REQUEST_TIMEOUT",
             type=float,
@@ -164,6 +134,44 @@ class ServerSettings:
             description="Whether JPEGs much larger than a model's input are decoded at 1/2, 1/4 or 1/8 of their size: "
             "faster, but answers change a little",
         )
+
+    def add_settings_of_plugin(self, kind: str, name: str) -> None:
+        """Declare what is set for one task or one model.
+
+        Raises:
+            ValueError: there is a different setting of such a name.
+        """
+        if kind == "tasks":
+            self._default_models[name] = self._add(
+                name=f"DEFAULT_MODEL_{name.upper()}",
+                type=str,
+                default=None,
+                description=f"The model that is assumed for the task {name} where a request names none",
+            )
+        elif kind == "models":
+            self._consumer_types[name] = self._add(
+                name=f"{name.upper()}_CONSUMER_TYPE",
+                type=str,
+                default=None,
+                description=f"The consumer type of the model {name}, in place of what the model itself specifies",
+            )
+            self._n_replicas[name] = self._add(
+                name=f"MODEL_REPLICAS_{name.upper()}",
+                type=int,
+                default=1,
+                minimum=1,
+                description=f"Processes of the model {name}, which share its queue; for process_consumer",
+            )
+
+    def allow_plugins(self, registry: Registry) -> None:
+        """Let settings that name plugins name those that there are."""
+        self._registry = registry
+        self.default_task.choices = registry.names("tasks")
+        broken_models = [name for kind, name in registry.errors if kind == "models"]
+        for task, setting in self._default_models.items():
+            setting.choices = sorted(registry.models_for(task) + broken_models)
+        for setting in (self._default_consumer_type, *self._consumer_types.values()):
+            setting.choices = sorted(registry.consumers)
 
     @staticmethod
     def _add_model_options(settings: SettingsManager) -> dict[str, Setting[Any]]:
@@ -343,9 +351,10 @@ class ServerSettings:
             SettingError: it names a model that there is not.
         """
         names = [name.strip() for name in self._preload.get().split(",") if name.strip()]
+        models = self._registry.names("models")
         for name in names:
-            if name not in self._known_models:
-                known = ", ".join(self._known_models) or "none"
+            if name not in models:
+                known = ", ".join(models) or "none"
                 raise SettingError(
                     f"PRELOAD_MODELS={self._preload.get()!r} is not allowed: there is no model {name!r}; "
                     f"it must be a comma-separated list of {known}"

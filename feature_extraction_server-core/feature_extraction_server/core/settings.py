@@ -10,7 +10,8 @@ import argparse
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -188,6 +189,17 @@ class SettingsManager:
         self._declared = []
         add_settings(self)
         return tuple(dict.fromkeys(self._declared))
+
+    @contextmanager
+    def all_or_none(self) -> Iterator[None]:
+        """Take back all settings and checks that the block adds if it raises."""
+        settings, checks = dict(self._settings), list(self._checks)
+        try:
+            yield
+        except BaseException:
+            self._settings, self._checks = settings, checks
+            self._values.clear()  # of a name that may come again with another type
+            raise
 
     def all(self) -> list[Setting[Any]]:
         """Return all declared settings, sorted by name."""

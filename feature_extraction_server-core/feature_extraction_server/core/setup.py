@@ -1,4 +1,7 @@
-"""Putting a server together, in the order that everything depends on: settings, plugins, their check, logging."""
+"""Putting a server together, in the order that everything depends on: settings, plugins, their check, logging.
+
+The core declares its settings first, so that a plugin whose settings clash with them fails, and not the server.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +33,9 @@ def set_up(
     """
     keep_freed_memory()
     log_server = LogServer(settings)
-    registry = discover(settings, kinds)
-    server_settings = ServerSettings(settings, registry)
+    server_settings = ServerSettings(settings)
+    registry = discover(settings, kinds, server_settings.add_settings_of_plugin)
+    server_settings.allow_plugins(registry)
     if configure is not None:
         configure(settings)
     try:
