@@ -38,7 +38,7 @@ from feature_extraction_server.flask.app import create_app  # noqa: E402
 
 START_TIMEOUT_S = 120
 #: Folders of tests, those with the longest files first: what begins last should end soon.
-LONGEST_FIRST = ("ray", "process", "browser", "packaging", "docs", "plugins", "http", "client", "core")
+LONGEST_FIRST = ("process", "ray", "browser", "packaging", "docs", "plugins", "http", "client", "core")
 
 # A shell's job in the background ignores it, as would every process that the tests start.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
