@@ -755,7 +755,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def write(path: Path, text: str) -> None:
     """Write a file, all at once: an interruption leaves the one that was there."""
-    if path.exists() and not path.is_file():  # a terminal, say, which must not be replaced by a file
+    if path.is_symlink() or (path.exists() and not path.is_file()):  # a terminal, say: not to be replaced by a file
         path.write_text(text)
         return
     beside = path.with_name(f"{path.name}.new")
@@ -763,9 +763,16 @@ def write(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
+def end_by_signals() -> None:
+    """Have what ends a program end it as an exception does, so that what it has started is stopped, too."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the servers are stopped then too
+    end_by_signals()
     benchmark = Benchmark(options)
     try:
         benchmark.run()

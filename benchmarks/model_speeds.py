@@ -20,7 +20,6 @@ import os
 import platform
 import re
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -40,7 +39,7 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 PATHS: Final = [ROOT, ROOT / "feature_extraction_server-core", *sorted((ROOT / "plugins").iterdir())]
 sys.path += [str(path) for path in PATHS if str(path) not in sys.path]  # for what is not installed
 
-from benchmarks.bench import busy_s, cpu_name, family, kill, say  # noqa: E402 - the path is set above
+from benchmarks.bench import busy_s, cpu_name, end_by_signals, family, kill, say  # noqa: E402 - the path is set above
 from feature_extraction_server.core import subprocesses  # noqa: E402
 from feature_extraction_server.core.check import BATCH_ITEMS, Trial, measure, rate  # noqa: E402
 from feature_extraction_server.core.checkpoints import Checkpoint  # noqa: E402
@@ -679,7 +678,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # what is measured is ended then too
+    end_by_signals()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here may come from anywhere else
     options = parse()
     began = time.strftime("%Y-%m-%d", time.gmtime())

@@ -15,7 +15,6 @@ import asyncio
 import http.client
 import json
 import resource
-import signal
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,8 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.load import quantile  # noqa: E402 - the path is set above
+from benchmarks.bench import end_by_signals  # noqa: E402 - the path is set above
+from benchmarks.load import quantile  # noqa: E402
 from benchmarks.soak import all_requests, running_server  # noqa: E402
 
 SETTINGS: Final = {"FAKE_SECONDS": "0.5", "FAKE_LOAD_SECONDS": "0", "MAX_QUEUE_SIZE": "32", "MAX_BATCH_SIZE": "8"}
@@ -189,7 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         loading = load(address, int(connections), float(seconds), patience == "patient")
         print(json.dumps(asyncio.run(loading)))  # noqa: T201
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the server is stopped then too
+    end_by_signals()
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--connections", type=int, default=1000)
     parser.add_argument("--seconds", type=float, default=8)

@@ -19,7 +19,6 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -36,7 +35,7 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.bench import all_of, family, free_port, has_argument, kill, stop, used_s  # noqa: E402 - the path is set above
+from benchmarks.bench import all_of, end_by_signals, family, free_port, has_argument, kill, stop, used_s  # noqa: E402 - the path is set above
 from benchmarks.capacity import markdown  # noqa: E402
 from benchmarks.load import Measurement, choose_generator, measure  # noqa: E402
 from benchmarks.workloads import MeanColour  # noqa: E402
@@ -386,7 +385,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batches", nargs="+", type=int, choices=sizes, default=sizes, help="of scaling")
     parser.add_argument("--seconds", type=float, default=10, help="of each measurement")
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that nothing is left behind
+    end_by_signals()
     known: dict[str, Any] = json.loads(FINDINGS.read_text()) if FINDINGS.exists() else {}
     ray = known.setdefault("ray", {})
     for part in options.parts:

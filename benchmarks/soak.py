@@ -20,7 +20,6 @@ import math
 import os
 import random
 import select
-import signal
 import statistics
 import subprocess
 import sys
@@ -42,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks.bench import free_port, kill, stop  # noqa: E402 - the path is set above
+from benchmarks.bench import end_by_signals, free_port, kill, stop  # noqa: E402 - the path is set above
 
 PLUGIN_PATH = [ROOT / "feature_extraction_server-core", *sorted((ROOT / "plugins").iterdir()), ROOT / "tests" / "fakes"]
 SETTINGS = {"FAKE_SECONDS": "0.03", "FAKE_LOAD_SECONDS": "0.05", "STOP_GRACE_PERIOD": "10", "MAX_QUEUE_SIZE": "64"}
@@ -338,7 +337,7 @@ def report(record: Record, minutes: float) -> str:
 
 
 def main(arguments: Any = None) -> int:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # the server is stopped then too
+    end_by_signals()
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--workers", type=int, default=2)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
+import socket
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,6 +24,7 @@ from feature_extraction_server.core.errors import ModelLoadFailed, ModelUnavaila
 from feature_extraction_server.core.jobs import Batch, Call, Job, Piece
 from feature_extraction_server.core.model import State
 from feature_extraction_server.core.model_process import ModelProcess
+from feature_extraction_server.core.wire import Channel
 from feature_extraction_server.flask.app import create_app
 from tests.conftest import Server, encode_image
 from tests.waiting import wait_until
@@ -311,6 +315,46 @@ def test_a_call_that_is_under_way_when_the_model_is_unloaded_starts_no_other_pro
     assert len(spawned) == 1
 
 
+def test_a_call_ends_when_another_file_has_got_the_descriptor_of_its_process(pool: ThreadPoolExecutor) -> None:
+    (job,) = jobs_of(7)
+    process = ModelProcess(MODEL, 0, 0.05)
+    process.load_model()
+    running = pool.submit(run, process, [job])
+    wait_until(lambda: job.times().batch_items == 1)
+    close = Channel.close
+
+    def close_and_open(channel: Channel) -> None:
+        close(channel)
+        quiet.extend(socket.socketpair() for _ in range(8))
+
+    quiet: list[tuple[socket.socket, socket.socket]] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Channel, "close", close_and_open)
+        process.unload_model()
+
+    running.result(WAIT_S)
+    assert isinstance(job.future.exception(0), ModelUnavailable)
+    for one in quiet:
+        for end in one:
+            end.close()
+
+
+def test_a_process_that_cannot_be_replaced_keeps_no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    (job,) = jobs_of(2)
+    picture = weakref.ref(job.batched["image"][0])
+    process = ModelProcess(MODEL, 0, 0.05)
+    process.load_model()
+    assert process.pid is not None
+    kill(process.pid)
+    monkeypatch.setenv("FAKE_FRAGILE_DIES", "1")
+
+    run(process, [job])
+    assert isinstance(job.future.exception(0), ModelLoadFailed)
+    del job
+
+    wait_until(lambda: gc.collect() >= 0 and picture() is None)
+
+
 def test_a_stop_ends_a_process_that_hangs_while_it_loads(build: Build, gate: Path) -> None:
     engine = build(RESULT_CHECK_INTERVAL="0.02")
     gate.touch()
@@ -320,6 +364,7 @@ def test_a_stop_ends_a_process_that_hangs_while_it_loads(build: Build, gate: Pat
     engine.stop("waits")
 
     wait_for(engine, "waits", State.STOPPED)
+    assert engine.status("waits")["counts"]["failed_loads"] == 0
 
 
 def test_a_stop_ends_a_process_that_hangs_while_it_replaces_another(
@@ -364,6 +409,8 @@ def test_a_process_is_not_replaced_by_one_with_other_files_of_a_local_checkpoint
     weights.write_text("old")
     process = ModelProcess("local", 0, 0.05)
     process.load_model()
+    (tmp_path / "weights" / ".git").mkdir()
+    (tmp_path / "weights" / ".git" / "index").write_text("what no model reads")
     process.replace()
     weights.write_text("new")
 

@@ -17,6 +17,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -45,10 +46,10 @@ new-plugin prints a path unless --json is given.
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit."""
-    for name in ("stdout", "stderr"):
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # it was closed
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the command ends
-        stream = getattr(sys, name)
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 - until the command ends
+    for stream in (sys.stdout, sys.stderr):
         # A file's name need not be text, nor what a model makes; what cannot be shown is spelled out.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -66,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except OSError as error:
         status = _fail(1, f"standard input or output: {error.strerror or error}")
         # What could not be written would be tried again by the interpreter as it ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with suppress(OSError):  # it may be no file
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(status)
 
 

@@ -248,6 +248,17 @@ class Checkpoint:
         name = self.name
         return Path(name).is_dir() or Path(name).is_absolute() or name.startswith(".")
 
+    def local_files(self) -> list[Path]:
+        """Return what the model needs of the files in a local folder; nothing of a checkpoint on the hub."""
+        folder = Path(self.name)
+        if not folder.is_dir():
+            return []
+        paths = folder.rglob("*") if self._files else folder.iterdir()
+        try:
+            return list(self._wanted({str(path.relative_to(folder)): path for path in paths}).values())
+        except FileNotFoundError:
+            return []
+
     def download(self) -> Path:
         """Return the folder with the checkpoint's files, once those that are not there have come from the hub.
 

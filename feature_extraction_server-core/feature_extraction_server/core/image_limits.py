@@ -53,8 +53,9 @@ MAX_COMPONENTS: Final = 4
 MAX_PARTS: Final = 200_000
 _PIXELS_OF_A_PART: Final = 32
 _PACKETS_OF_A_PART: Final = 64
-#: Headers of a JPEG 2000 that differ from each other.
+#: Headers of a JPEG 2000 that differ from each other, and places that look like one at first.
 MAX_HEADERS: Final = 50
+MAX_LIKE_HEADERS: Final = 100_000
 # These are found by what OpenJPEG demands of them, which compressed data hardly ever meet, and not by their places:
 # where it meets what it does not know, it goes on by two bytes at a time until there is a header.
 _SIZE: Final = re.compile(rb"\xff(?=\x51.{38})", re.DOTALL)
@@ -122,6 +123,8 @@ def excess_of_picture(data: bytes, picture: Image.Image, max_pixels: int) -> str
 
 
 def _excess_of_jpeg_2000(data: bytes, n_pixels: int) -> str | None:
+    if any(data.count(marker) > MAX_LIKE_HEADERS for marker in (b"\xff\x51", b"\xff\x52", b"\xff\x53")):
+        return f"more than {MAX_LIKE_HEADERS} headers"
     sizes, styles = _distinct(_sizes(data)), _distinct(_styles(data))
     if max(len(sizes), len(styles)) > MAX_HEADERS:
         return f"more than {MAX_HEADERS} different headers"

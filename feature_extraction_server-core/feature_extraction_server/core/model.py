@@ -143,7 +143,8 @@ class ModelRun:
         try:
             module.load_model()
         except BaseException as error:  # SystemExit too: a model that fails to load must not take the consumer along
-            logger.exception("The model %s failed to load", self.name)
+            if self.is_wanted:
+                logger.exception("The model %s failed to load", self.name)
             failure = self._failure_of(error)
         finally:
             report.reset(reports)
@@ -564,8 +565,9 @@ class Model:
             if run.ended:
                 return
             run.ended = True
-            self._n_failed_loads += 1
-            self._n_failed_in_a_row += 1
+            if self._state is not State.STOPPING:  # by which a load may have been ended
+                self._n_failed_loads += 1
+                self._n_failed_in_a_row += 1
             jobs, run_next = self._leave(run, failure.message)
             self._failure = type(failure)
             self._retry_at = time.monotonic() + self.options.load_retry_delay

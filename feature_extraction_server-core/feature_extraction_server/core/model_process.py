@@ -125,7 +125,9 @@ class ModelProcess:
             reason: what calls raise from now on.
         """
         with self._changing:
-            self._failure = self._failure or reason or ModelUnavailable(f"the model {self._model} was unloaded")
+            if self._failure is None:
+                reason = reason or ModelUnavailable(f"the model {self._model} was unloaded")
+                self._failure = copy(reason)  # without the frames of the call that it came of, which hold its pictures
             self._end()
 
     def _end(self) -> None:
@@ -133,13 +135,14 @@ class ModelProcess:
         with self._changing:
             if self._process is None or self._channel is None:
                 return
-            self._channel.close()
+            channel, self._channel = self._channel, None
+            channel.close()
             try:
                 self._process.wait(END_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 logger.warning("The process of the model %s does not end and is killed", self._model)
                 _kill(self._process)
-            self._process = self._channel = None
+            self._process = None
 
     def __getattr__(self, function: str) -> Callable[..., Any]:
         def call(*positional: Any, **arguments: Any) -> Any:
@@ -183,6 +186,8 @@ class ModelProcess:
     def _wait_for_reply(self, process: subprocess.Popen[bytes], channel: Channel) -> Any:
         """Return whether a call succeeded, and its answer; or None and news of a download that a load waits for."""
         while not channel.wait_for_news(self._check_interval_s):
+            if self._channel is not channel:  # closed meanwhile: its file descriptor may be another's by now
+                raise EOFError
             if not self.is_wanted():
                 logger.error("Nobody waits for the model %s any more; its process is killed", self._model)
                 _kill(process)

@@ -157,15 +157,14 @@ class Registry:
 
 
 def _implements(model: ModuleType, task: str) -> bool:
-    """Tell whether a model has a function for a task, and not just a helper of that name that it imports.
+    """Tell whether a model has a function for a task, and not just a helper of the core's of that name.
 
-    A helper is to be found in its own module under the same name. What a factory there has made is not; and what comes
-    from another module among the models, as from a file beside this one, is no helper.
+    A helper is to be found in its own module under the same name. What a factory there has made is not.
     """
     function = getattr(model, task, None)
     origin = str(getattr(function, "__module__", None))
-    is_helper = getattr(sys.modules.get(origin), task, None) is function
-    return callable(function) and (origin.startswith(f"{NAMESPACE}.models.") or not is_helper)
+    is_helper = origin.startswith(f"{NAMESPACE}.core.") and getattr(sys.modules.get(origin), task, None) is function
+    return callable(function) and not is_helper
 
 
 def _nothing(*_: object) -> None:

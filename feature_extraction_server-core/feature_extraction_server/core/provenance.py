@@ -9,8 +9,8 @@ import json
 import logging
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from hashlib import blake2b
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from feature_extraction_server.core.checkpoints import Checkpoint
@@ -46,10 +46,13 @@ def provenance_of(module: Any) -> dict[str, str | None]:
 
 
 def files_of(module: Any) -> str:
-    """Return a digest that changes with any file in the local folders of a model's checkpoints."""
-    checkpoints = [value for value in vars(module).values() if isinstance(value, Checkpoint) and value.is_local]
-    paths = [path for one in checkpoints for path in Path(one.name).rglob("*") if path.is_file()]
-    files = [(str(path), found.st_ino, found.st_size, found.st_mtime_ns) for path in paths for found in [path.stat()]]
+    """Return a digest that changes with what a model loads of its checkpoints' local folders."""
+    files = []
+    for checkpoint in [value for value in vars(module).values() if isinstance(value, Checkpoint)]:
+        for path in checkpoint.local_files():
+            with suppress(FileNotFoundError):  # it has just gone
+                found = path.stat()
+                files.append((str(path), found.st_size, found.st_mtime_ns))
     return blake2b(repr(sorted(files)).encode(), digest_size=_IDENTITY_BYTES).hexdigest()
 
 

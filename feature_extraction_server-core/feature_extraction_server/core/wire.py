@@ -19,6 +19,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any, Final, TypeVar
 from weakref import ref
@@ -165,6 +166,8 @@ class Channel:
         region = None if self._region is None else self._region()
         if region is not None and region.is_handed_over:
             pixels.forget(region)
+        with suppress(OSError):  # another thread may wait for a message: it is to hear of the end now
+            self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
     def _receive_some(self) -> bytes:
