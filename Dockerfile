@@ -67,9 +67,15 @@ ENV PATH=/opt/venv/bin:$PATH \
 USER 1000:1000
 
 # Models whose checkpoints the image is to have, separated by spaces, or --all. Before VOLUME, which keeps what is there.
+# The token for those that are gated does not stay in the image: docker build --secret id=HF_TOKEN,env=HF_TOKEN ...
 ARG PULL_MODELS=""
+# Whichever user a container is given may add to what is there.
 # hadolint ignore=SC2086
-RUN [ -z "$PULL_MODELS" ] || python -m feature_extraction_server.core.pull $PULL_MODELS
+RUN --mount=type=secret,id=HF_TOKEN,uid=1000 \
+    [ -z "$PULL_MODELS" ] || { \
+        if [ -f /run/secrets/HF_TOKEN ]; then HF_TOKEN=$(cat /run/secrets/HF_TOKEN); export HF_TOKEN; fi \
+        && python -m feature_extraction_server.core.pull $PULL_MODELS \
+        && find /root/.cache -mindepth 1 -exec chmod a+rwX {} +; }
 
 VOLUME /root/.cache
 EXPOSE 5000

@@ -36,7 +36,7 @@ preload_app = True
 # A worker must show that it lives this often. Its threads may be busy for longer; REQUEST_TIMEOUT bounds a request.
 timeout = 600
 
-# On SIGTERM requests may finish, then models stop, which takes up to STOP_GRACE_PERIOD (30 s): only then, kill.
+# For so long requests may finish after SIGTERM. Then models stop, which may take STOP_GRACE_PERIOD (30 s) more.
 graceful_timeout = 45
 
 # Clients mostly send one request after another. A proxy has to close its idle connections sooner than this, or now and

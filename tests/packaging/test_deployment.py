@@ -15,6 +15,7 @@ from flask.testing import FlaskClient
 
 from dev_server import ROOT
 from feature_extraction_server.core.engine import Engine
+from feature_extraction_server.core.model import ModelOptions
 from feature_extraction_server.flask.app import create_app
 
 MANIFESTS = sorted(path.name for path in (ROOT / "kubernetes").glob("*.yaml") if path.name != "kustomization.yaml")
@@ -88,9 +89,14 @@ def test_service_of_compose_may_write_where_the_server_does(name: str) -> None:
     assert writable == image_folders() | {"/tmp"}
 
 
+def seconds_to_end() -> float:
+    """How long requests have to finish, and then models."""
+    return float(gunicorn_setting("graceful_timeout")) + ModelOptions().stop_grace_period
+
+
 @pytest.mark.parametrize("name", services())
 def test_compose_gives_a_service_the_time_that_gunicorn_takes_to_end(name: str) -> None:
-    assert int(services()[name]["stop_grace_period"].removesuffix("s")) > gunicorn_setting("graceful_timeout")
+    assert int(services()[name]["stop_grace_period"].removesuffix("s")) > seconds_to_end()
 
 
 def test_only_the_profile_gpu_starts_the_service_that_takes_a_gpu() -> None:
@@ -188,7 +194,7 @@ def test_pod_has_the_user_of_the_image() -> None:
 def test_pod_is_given_the_time_that_gunicorn_takes_to_end() -> None:
     _, before = container()["lifecycle"]["preStop"]["exec"]["command"]
 
-    assert pod()["terminationGracePeriodSeconds"] > int(before) + gunicorn_setting("graceful_timeout")
+    assert pod()["terminationGracePeriodSeconds"] > int(before) + seconds_to_end()
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,9 @@ def containers() -> list[dict[str, Any]]:
     return [one for group in groups() for one in group["template"]["spec"]["containers"]]
 
 
-@pytest.mark.parametrize("name", ["networkpolicy.yaml", "secret.example.yaml", "settings.yaml"])
+@pytest.mark.parametrize(
+    "name", ["networkpolicy.yaml", "networkpolicy-servers.yaml", "secret.example.yaml", "settings.yaml"]
+)
 def test_manifest_is_what_kubernetes_schema_says(name: str) -> None:
     kubernetes_validate.validate(manifest(name), KUBERNETES_VERSION, strict=True)
 
@@ -209,6 +211,15 @@ def test_only_the_cluster_and_the_servers_reach_the_cluster() -> None:
         labels.items() <= manifest_of_the_server("deployment.yaml")["spec"]["template"]["metadata"]["labels"].items()
         for labels in let_in
     )
+
+
+def test_only_the_cluster_and_the_servers_reach_more_of_a_server_than_its_http_port() -> None:
+    policy = manifest("networkpolicy-servers.yaml")["spec"]
+    for_all, for_nodes = policy["ingress"]
+
+    assert policy["podSelector"] == manifest_of_the_server("deployment.yaml")["spec"]["selector"]
+    assert for_all == {"ports": [{"port": "http"}]}
+    assert for_nodes == manifest("networkpolicy.yaml")["spec"]["ingress"][0]
 
 
 def test_every_link_of_the_guide_leads_somewhere() -> None:
