@@ -328,6 +328,22 @@ BROKEN: dict[str, tuple[str, str, str]] = {
         "def add_settings(settings):\n    settings.add_setting(name='lower', type=str, default='', description='')",
         "upper case",
     ),
+    "a setting that would be the option --help": (
+        "models",
+        "def load_model(): pass\n" + ADDS_SETTING.format("HELP"),
+        "not HELP",
+    ),
+    "a setting that would be the same option as another": (
+        "models",
+        "def load_model(): pass\n" + ADDS_SETTING.format("MAX-ITEMS"),
+        "letters, digits and _",
+    ),
+    "a pattern that is none": (
+        "models",
+        "def load_model(): pass\n"
+        + ADDS_SETTING.format("ZZ").replace("type=int, default=5", "type=str, default='', pattern='('"),
+        "unterminated subpattern",
+    ),
     "a setting of the core's": (
         "apis",
         "def add_routes(application_interface, flask_app): pass\n" + ADDS_SETTING.format("MAX_ITEMS"),

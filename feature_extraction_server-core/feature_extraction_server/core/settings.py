@@ -172,11 +172,14 @@ class SettingsManager:
 
         Raises:
             ValueError: another plugin declared a different setting of that name, or ``type`` is not supported.
+            re.error: ``pattern`` is no regular expression.
         """
         if type not in _PARSERS:
             raise ValueError(f"setting {name}: type must be str, int, float or bool")
-        if name != name.upper():
-            raise ValueError(f"setting {name}: a setting's name is upper case")
+        if name != name.upper() or not name.isidentifier() or name == "HELP":  # it is a command line option, too
+            raise ValueError(f"setting {name}: a setting's name is upper case, of letters, digits and _; not HELP")
+        if pattern is not None:
+            re.compile(pattern)
         setting = Setting(name, type, default, description, choices, minimum, maximum, pattern, secret, self)
         known = self._settings.setdefault(name, setting)
         if not known.same_definition(setting):
