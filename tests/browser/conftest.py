@@ -65,7 +65,7 @@ def site(build: Callable[..., Engine]) -> Iterator[MakeSite]:
     def make(middleware: Callable[[Any], Any] = lambda app: app, **settings: str) -> str:
         app = middleware(create_app(build(**settings)))
         servers.append(make_server("127.0.0.1", 0, app, threaded=True, request_handler=RequestHandler))
-        threading.Thread(target=servers[-1].serve_forever, name="site", daemon=True).start()
+        threading.Thread(target=servers[-1].serve_forever, args=(0.01,), name="site", daemon=True).start()
         return f"http://127.0.0.1:{servers[-1].server_port}/"
 
     yield make
