@@ -1,4 +1,4 @@
-"""Measure this server and its peers side by side on this machine, and write the table to benchmarks/RESULTS.md.
+"""Measure this server and its peers side by side on this machine, and write the tables to benchmarks/RESULTS.md.
 
     python benchmarks/bench.py
     python benchmarks/bench.py --workloads W0 --servers ours flask mosec --seconds 2 --rounds 1
@@ -14,6 +14,7 @@ import http.client
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import socket
@@ -625,26 +626,36 @@ def best_peer(
     return max((one for one in measured if one), key=lambda one: one.requests_per_s, default=None)
 
 
-def report(benchmark: Benchmark) -> str:
-    """Return RESULTS.md."""
-    options, results = benchmark.options, benchmark.results
-    lines = [
+def report(benchmark: Benchmark, before: str) -> str:
+    """Return RESULTS.md: what was measured and, from the file as it was before, what was not measured this time."""
+    sections = sections_of(before)
+    for workload in benchmark.options.workloads:
+        if (workload, DIRECT, benchmark.options.connections[0]) in benchmark.results.measurements:  # not interrupted
+            sections[workload] = section(benchmark, workload)
+    head = (
         "# Results",
         "",
-        "Written by `benchmarks/bench.py`; `README.md` beside this file says how to read it.",
+        "Written by `benchmarks/bench.py`; `README.md` beside this file says how to read it. The numbers of a workload",
+        "are those of the last run that measured it.",
         "",
-        *machine(benchmark),
-        "",
-    ]
-    for workload in options.workloads:
-        lines += [f"## {workload}: {WORKLOADS[workload].description}", ""]
-        for connections in options.connections:
-            if (workload, DIRECT, connections) not in results.measurements:
-                continue  # the run was interrupted before
+    )
+    return "\n".join([*head, *(sections[workload] for workload in WORKLOADS if workload in sections)])
+
+
+def sections_of(text: str) -> dict[str, str]:
+    """Return what a RESULTS.md has of each workload."""
+    parts = re.split(r"^(?=## \w+:)", text, flags=re.MULTILINE)[1:]
+    return {part[3:].partition(":")[0]: part for part in parts}
+
+
+def section(benchmark: Benchmark, workload: str) -> str:
+    lines = [f"## {workload}: {WORKLOADS[workload].description}", "", *machine(benchmark), ""]
+    everybody = [DIRECT, *benchmark.contenders]
+    taking_part = [one for one in everybody if tolerance_of(one, workload) is not None]
+    for connections in benchmark.options.connections:
+        if (workload, DIRECT, connections) in benchmark.results.measurements:
             lines += [f"{connections} connection{'s' * (connections > 1)}:", ""]
-            everybody = [DIRECT, *benchmark.contenders]
-            taking_part = [one for one in everybody if tolerance_of(one, workload) is not None]
-            lines += [*table(results, workload, connections, taking_part), ""]
+            lines += [*table(benchmark.results, workload, connections, taking_part), ""]
     return "\n".join(lines)
 
 
@@ -778,7 +789,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         benchmark.run()
     finally:
         if benchmark.results.measurements:
-            text = report(benchmark)
+            before = options.output.read_text() if options.output.is_file() else ""
+            text = report(benchmark, before)
             write(options.output, text)
             say(f"\n{text}\nwritten to {options.output}")
     if benchmark.results.failures:

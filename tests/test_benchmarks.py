@@ -229,24 +229,24 @@ def run_main(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[Run],
     output = tmp_path / "RESULTS.md"
     output.write_text("of another run")
 
-    def run(measuring: Run) -> Path:
+    def run(measuring: Run, workload: str = "W0") -> Path:
         monkeypatch.setattr(Benchmark, "run", measuring)
         with pytest.raises((SystemExit, KeyboardInterrupt)):
-            bench.main(["--workloads", "W0", "--output", str(output)])
+            bench.main(["--workloads", workload, "--output", str(output)])
         assert list(tmp_path.iterdir()) == [output]
         return output
 
     return run
 
 
-def test_a_run_that_measured_nothing_leaves_the_results_there_were(run_main: Callable[[Run], Path]) -> None:
+def test_a_run_that_measured_nothing_leaves_the_results_there_were(run_main: Callable[..., Path]) -> None:
     def interrupted(_: Benchmark) -> None:
         raise KeyboardInterrupt
 
     assert run_main(interrupted).read_text() == "of another run"
 
 
-def test_an_interrupted_run_writes_what_it_measured_and_says_so(run_main: Callable[[Run], Path]) -> None:
+def test_an_interrupted_run_writes_what_it_measured_and_says_so(run_main: Callable[..., Path]) -> None:
     def interrupted(benchmark: Benchmark) -> None:
         benchmark.note("W0", DIRECT, 1, measured(123.0))
         raise KeyboardInterrupt
@@ -257,7 +257,23 @@ def test_an_interrupted_run_writes_what_it_measured_and_says_so(run_main: Callab
     assert "**interrupted**: medians of up to 1 of 3 rounds" in text
 
 
-def test_a_run_in_which_a_server_failed_ends_with_an_error(run_main: Callable[[Run], Path]) -> None:
+def test_a_run_leaves_what_the_file_has_of_other_workloads(run_main: Callable[..., Path]) -> None:
+    rates = iter([111.0, 222.0, 333.0])
+
+    def interrupted(benchmark: Benchmark) -> None:
+        benchmark.note(benchmark.options.workloads[0], DIRECT, 1, measured(next(rates)))
+        raise KeyboardInterrupt
+
+    for workload in ("W1", "W0", "W1"):
+        text = run_main(interrupted, workload).read_text()
+
+    assert re.findall(r"^#+ \w+", text, re.MULTILINE) == ["# Results", "## W0", "## W1"]
+    assert "| 111 |" not in text
+    assert text.index("| 222 |") < text.index("## W1") < text.index("| 333 |")
+    assert text.count("this server at commit") == 2
+
+
+def test_a_run_in_which_a_server_failed_ends_with_an_error(run_main: Callable[..., Path]) -> None:
     def failing(benchmark: Benchmark) -> None:
         benchmark.note("W0", DIRECT, 1, measured(123.0))
         benchmark.results.failures["W0", Contender("mosec", 2)] = "does not start"
