@@ -56,7 +56,10 @@ def _serve(channel: Channel, cluster: Cluster) -> None:
                 cluster.watch(model, channel.send)
                 channel.send(None)
                 return
-            send_answer(channel.send, _answer(cluster, channel, method, *arguments))
+            answer = _answer(cluster, channel, method, *arguments)
+            del message, arguments  # an idle channel holds on to no client's images
+            send_answer(channel.send, answer)
+            del answer
     except (EOFError, OSError):  # the engine has left
         pass
     finally:
