@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from feature_extraction_server.core import torch_threads
 from feature_extraction_server.core.errors import InvalidInput, ModelError, ModelLoadFailed
 from feature_extraction_server.core.jobs import Batch, Call, Job, JobQueue
 from tests.waiting import TIMEOUT_S, at_once
@@ -291,3 +292,17 @@ def test_pieces_of_a_job_that_are_done_at_the_same_moment_both_count() -> None:
     at_once(2, lambda index: waiting.succeed(index, Results([10 * index])))
 
     assert waiting.future.result(0) == [0, 10]
+
+
+@pytest.mark.parametrize("computes_here", [True, False])
+def test_a_call_that_only_waits_for_another_machine_takes_no_share_of_the_cores(computes_here: bool) -> None:
+    n_at_work: list[int] = []
+    pieces = queue_of(job(1)).take(1)
+
+    def look(x: list[int]) -> list[int]:
+        n_at_work.append(torch_threads._n_at_work)
+        return x
+
+    Batch("model", SimpleNamespace(double=look), pieces).run(computes_here=computes_here)
+
+    assert n_at_work == [computes_here]

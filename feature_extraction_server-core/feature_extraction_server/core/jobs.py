@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final, NamedTuple
@@ -217,12 +217,15 @@ class Batch:
         """Whether nobody waits for any of it any more."""
         return all(piece.job.ended for piece in self.pieces)
 
-    def run(self) -> None:
+    def run(self, *, computes_here: bool = True) -> None:
         """Call the model's function and answer the jobs. Raises nothing, whatever the function raises.
 
         Afterwards the batch has no pieces any more: a consumer that waits for the next one holds on to no pictures.
+
+        Args:
+            computes_here: whether the call takes this machine's cores, of which other models then get fewer.
         """
-        with torch_threads.at_work():
+        with torch_threads.at_work() if computes_here else nullcontext():
             self._run(self.pieces)
         self.pieces = []
         current.set(None)

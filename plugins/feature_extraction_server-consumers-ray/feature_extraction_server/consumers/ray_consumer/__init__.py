@@ -228,7 +228,7 @@ def _consume(model: ModelRun, log_server: LogServer) -> None:
         job.module = caller
         caller.is_wanted = lambda: not job.abandoned
         try:
-            job.run()
+            job.run(computes_here=False)
         finally:
             calls.end(caller)
 
