@@ -55,9 +55,12 @@ _REASON: Final = re.compile(re.escape(FAILED) + r"(.*?)" + re.escape(END))
 class App:
     """A model on the cluster, as far as this server uses it. ``changed`` guards what the watch keeps up to date."""
 
-    def __init__(self, name: str, model: str, handle: Any, provenance: dict[str, str | None]) -> None:
+    def __init__(
+        self, name: str, model: str, configuration: str, handle: Any, provenance: dict[str, str | None]
+    ) -> None:
         self.name = name
         self.model = model
+        self.configuration = configuration
         self.handle = handle
         self.provenance = provenance
         self.changed = threading.Condition()
@@ -109,10 +112,11 @@ class Cluster:
         import ray
 
         name = f"{settings.general('RAY_APP_PREFIX')}_{model}"
-        details = self._wait_for_replica(name, model, grace_s, is_wanted)
+        configuration = self._configuration(model)
+        details = self._wait_for_replica(name, model, grace_s, configuration, is_wanted)
         handle = _handle(name)
         provenance = handle.provenance.remote().result(timeout_s=_ANSWER_TIMEOUT_S)
-        app = App(name, model, handle.options(method_name="call"), provenance)
+        app = App(name, model, configuration, handle.options(method_name="call"), provenance)
         app.take(details)
         self._apps[model] = app
         return provenance, ray.util.get_node_ip_address(), app.replicas
@@ -190,7 +194,7 @@ class Cluster:
         app = self._apps.pop(model)
         try:
             if (for_all or self._folder is not None) and not app.gone:
-                self._delete(app.name)
+                self._delete(app.name, app.configuration)
         finally:
             app.take(None)
 
@@ -291,8 +295,9 @@ class Cluster:
 
     # Deploying
 
-    def _wait_for_replica(self, name: str, model: str, grace_s: float, is_wanted: Callable[[], bool]) -> dict[str, Any]:
-        configuration = self._configuration(model)
+    def _wait_for_replica(
+        self, name: str, model: str, grace_s: float, configuration: str, is_wanted: Callable[[], bool]
+    ) -> dict[str, Any]:
         deployed = woken = False
         waiting_since = time.monotonic()
         try:
@@ -322,7 +327,7 @@ class Cluster:
         except BaseException:
             if deployed:
                 with suppress(Exception):  # another server may have done it
-                    self._delete(name)
+                    self._delete(name, configuration)
             raise
 
     def _deploy(self, name: str, model: str, grace_s: float, configuration: str) -> None:
@@ -391,7 +396,7 @@ class Cluster:
 
     @staticmethod
     def _compare(model: str, configuration: str, details: dict[str, Any]) -> None:
-        found = (details["deployment_config"].get("user_config") or {}).get("configuration", "{}")
+        found = _noted_configuration(details)
         if found == configuration:
             return
         theirs, ours = json.loads(found), json.loads(configuration)
@@ -405,13 +410,22 @@ class Cluster:
             "another RAY_APP_PREFIX"
         )
 
-    def _delete(self, name: str) -> None:
-        """Delete an application and wait until its replicas have ended. Ray Serve's own wait looks once a second."""
+    def _delete(self, name: str, configuration: str) -> None:
+        """Delete an application and wait until its replicas have ended. Ray Serve's own wait looks once a second.
+
+        One that has come in its place is another server's: that is neither deleted nor waited for.
+        """
         from ray import serve
 
+        found = self._details().get(name)
+        if found is None or not _is_configured(found, configuration):
+            return
+        made_at = found["last_deployed_time_s"]
         serve.delete(name, _blocking=False)
         give_up_at = time.monotonic() + _DELETE_TIMEOUT_S
-        while name in self._details() and time.monotonic() < give_up_at:
+        while (found := self._details().get(name)) and time.monotonic() < give_up_at:
+            if found["last_deployed_time_s"] != made_at or _is_deployed(found):
+                return
             time.sleep(_CHECK_S)
 
     # Watching
@@ -474,6 +488,22 @@ def _handle(name: str) -> Any:
     from ray import serve
 
     return serve.get_deployment_handle(DEPLOYMENT, name)
+
+
+def _is_deployed(app: dict[str, Any]) -> bool:
+    """Tell whether an application is to run: Ray Serve may use again what is left of one that is being deleted."""
+    return bool(app["deployments"]) and _word(app["status"]) != "deleting"
+
+
+def _noted_configuration(details: dict[str, Any]) -> str:
+    noted = details["deployment_config"].get("user_config") or {}
+    return str(noted.get("configuration", "{}"))
+
+
+def _is_configured(app: dict[str, Any], configuration: str) -> bool:
+    """Tell whether an application may be the one with this configuration: a new one does not tell it at once."""
+    details = app["deployments"].get(DEPLOYMENT)
+    return not details or _noted_configuration(details) == configuration
 
 
 def _was_stopped(model: str) -> ModelUnavailable:
