@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import psutil
 import requests
 from PIL import Image
 
@@ -55,3 +56,10 @@ def pids_of_fragile(server: Server) -> set[int]:
         start_model(server, "fake_fragile")
     wait_until(lambda: len(pids(server, "fake_fragile")) == 2, "two replicas")
     return pids(server, "fake_fragile")
+
+
+def driver_of(server: Server, model: str) -> psutil.Process:
+    """Return the process that speaks with Ray for the server's engine."""
+    engine = psutil.Process(status(server, model)["engine_pid"])
+    (driver,) = (one for one in engine.children() if any("ray_consumer" in part for part in one.cmdline()))
+    return driver

@@ -22,6 +22,7 @@ from tests.ray.servers import (
     SLOW,
     SLOW_S,
     ask,
+    driver_of,
     has_state,
     pids,
     pids_of_fragile,
@@ -92,6 +93,25 @@ def test_settings_of_a_model_reach_its_replicas_and_a_server_with_others_is_told
     assert ask(first, SLOW).status_code == 200
     assert time.monotonic() - began >= SLOW_S
     stop_model(first, "fake_slow")
+
+
+def test_replicas_with_other_settings_refuse_a_server_that_has_not_seen_that_its_own_were_stopped(
+    first: Server, second: Server, serving: ServeUntil
+) -> None:
+    start_model(first, "fake_slow")
+    with serving() as stopping:
+        start_model(stopping, "fake_slow")
+        driver = driver_of(first, "fake_slow")
+        driver.suspend()  # so that it sees neither the stop nor the start
+        stop_model(stopping, "fake_slow")
+        start_model(second, "fake_slow")
+
+        driver.resume()
+
+        assert ask(first, SLOW).status_code == 503
+    wait_until(lambda: "with other settings" in ask(first, SLOW).text, "the difference")
+    assert ask(second, SLOW).status_code == 200
+    stop_model(second, "fake_slow")
 
 
 def test_a_stop_on_one_server_is_seen_by_all_and_requests_to_any_start_the_model_once(

@@ -8,13 +8,11 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-import psutil
-
 from tests.conftest import Server
 from tests.load import Load
 from tests.ray.cluster import HEAD_IP, RayCluster
 from tests.ray.conftest import NODES
-from tests.ray.servers import FRAGILE, ask, pids, pids_of_fragile, replicas, status
+from tests.ray.servers import FRAGILE, ask, driver_of, pids, pids_of_fragile, replicas
 from tests.waiting import wait_until
 
 JOBS = "/api/tasks/image_captioning/models/fake_fragile/jobs"
@@ -91,8 +89,7 @@ def test_after_a_shutdown_of_ray_serve_the_next_requests_start_the_model_again(
     first: Server, cluster: RayCluster
 ) -> None:
     before = pids_of_fragile(first)
-    engine = psutil.Process(status(first, "fake_fragile")["engine_pid"])
-    (driver,) = (one for one in engine.children() if any("ray_consumer" in part for part in one.cmdline()))
+    driver = driver_of(first, "fake_fragile")
 
     driver.suspend()  # so that it does not see the applications go, but only that all is gone
     command = [sys.executable, "-c", SHUTDOWN, cluster.address, HEAD_IP]

@@ -24,7 +24,7 @@ from typing import Any, Final
 from PIL import Image
 
 from feature_extraction_server.consumers.ray_consumer import settings
-from feature_extraction_server.consumers.ray_consumer.replica import END, FAILED, has_begun
+from feature_extraction_server.consumers.ray_consumer.replica import END, FAILED, PROTOCOL, has_begun
 from feature_extraction_server.core import pixels
 from feature_extraction_server.core.errors import ModelError, ModelLoadFailed, ModelUnavailable
 from feature_extraction_server.core.plugins import Registry
@@ -68,10 +68,10 @@ class App:
         self.gone = False
 
     def take(self, details: dict[str, Any] | None) -> None:
-        """Take note of what Ray Serve tells of it; None: it has been deleted."""
+        """Take note of what Ray Serve tells of it; None: it has been deleted, for good. What has its name is another."""
         replicas = [] if details is None else _replicas(details)
         with self.changed:
-            if self.gone != (details is None) or self.replicas != replicas:
+            if not self.gone and (details is None or self.replicas != replicas):
                 self.gone, self.replicas = details is None, replicas
                 self.changed.notify_all()
 
@@ -147,7 +147,7 @@ class Cluster:
             # All calls at a replica die with it, those too that only waited there. The next time, it is noted.
             mark = secrets.token_hex(8) if n_tries > 1 else None
             try:
-                response = app.handle.remote(function, positional, arguments, id, mark)
+                response = app.handle.remote(app.configuration, function, positional, arguments, id, mark)
                 succeeded, answer, provenance = self._wait(app, response, is_wanted)
             except ray.exceptions.RayTaskError as error:
                 return False, ModelError(f"the model {model} failed on the Ray cluster: {error.cause}")
@@ -159,6 +159,9 @@ class Cluster:
                     raise _head_is_silent() from None
                 reason = str(error).strip().rpartition("\n")[2]
             else:
+                if succeeded is None:
+                    app.take(None)
+                    raise _was_stopped(model)
                 if _differ(provenance, app.provenance):
                     raise ModelUnavailable(
                         f"a replica of the model {model} has loaded something else: {provenance}, not {app.provenance}"
@@ -391,7 +394,8 @@ class Cluster:
         for setting in plugin.settings:
             if setting.is_secret and setting.name in given:
                 given[setting.name] = hashlib.blake2b(given[setting.name].encode(), digest_size=8).hexdigest()
-        told = {"version of the plugin": plugin.version, **vars(settings.demand(model)), **given}
+        versions = {"version of the plugin": plugin.version, "protocol of the ray_consumer": PROTOCOL}
+        told = {**versions, **vars(settings.demand(model)), **given}
         return json.dumps(told, sort_keys=True)
 
     @staticmethod
@@ -435,6 +439,7 @@ class Cluster:
         import ray
 
         while not self._closing.wait(_POLL_S):
+            apps = list(self._apps.values())  # before what is told of them: one that has come since is not gone
             try:
                 found = self._details()
                 self._answers = True
@@ -446,12 +451,8 @@ class Cluster:
                 if isinstance(error.__cause__, ray.exceptions.ActorDiedError):
                     return
                 continue
-            for app in list(self._apps.values()):
-                details = found.get(app.name)
-                if details is None or _word(details["status"]) == "deleting":
-                    app.take(None)
-                else:
-                    app.take(details["deployments"].get(DEPLOYMENT))
+            for app in apps:
+                app.take(_details_of(app, found))
 
     def _details(self) -> dict[str, Any]:
         import ray
@@ -488,6 +489,15 @@ def _handle(name: str) -> Any:
     from ray import serve
 
     return serve.get_deployment_handle(DEPLOYMENT, name)
+
+
+def _details_of(app: App, found: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what Ray Serve tells of an application; None where it goes, or has gone and another has its name."""
+    told = found.get(app.name)
+    if told is None or _word(told["status"]) == "deleting":
+        return None
+    details: dict[str, Any] | None = told["deployments"].get(DEPLOYMENT)
+    return details if details and _noted_configuration(details) == app.configuration else None
 
 
 def _is_deployed(app: dict[str, Any]) -> bool:

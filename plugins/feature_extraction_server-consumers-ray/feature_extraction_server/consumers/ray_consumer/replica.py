@@ -22,6 +22,8 @@ NAMESPACE = "feature_extraction_server"
 #: What stands around the reason in the error of a load that failed, which Ray Serve wraps in its own words.
 FAILED = "<<load failed:"
 END = ":load failed>>"
+#: Changes with what a server and a replica say to each other: those of another one must not share replicas.
+PROTOCOL = 1
 #: How long a call is kept waiting for the head's store at most. Ray itself waits for a lost head for minutes.
 HEAD_TIMEOUT_S = 1.0
 
@@ -93,20 +95,31 @@ class Replica:
         return f"{node}, {getattr(error, 'message', None) or f'{type(error).__name__}: {error}'}"
 
     def reconfigure(self, configuration: dict[str, Any]) -> None:
-        """Take what the server noted of the deployment; other servers read it."""
+        """Take what the server noted of the deployment, as Ray Serve has it done before the first call."""
+        self._configuration: str = configuration["configuration"]
 
     def provenance(self) -> dict[str, str | None]:
         """Return where the answers come from."""
         return self._provenance
 
     async def call(
-        self, function: str, positional: tuple[Any, ...], arguments: dict[str, Any], id: str | None, mark: str | None
-    ) -> tuple[bool, Any, dict[str, str | None]]:
+        self,
+        configuration: str,
+        function: str,
+        positional: tuple[Any, ...],
+        arguments: dict[str, Any],
+        id: str | None,
+        mark: str | None,
+    ) -> tuple[bool | None, Any, dict[str, str | None]]:
         """Return whether a call succeeded, its result or its error, and where that comes from.
 
         Args:
+            configuration: that of the model that the server wants. Where this is another one, nothing is run, and
+                whether it succeeded is None: the application may have been replaced before the server saw it.
             mark: where a replica has died of it, or of another call there: under what to note that it is run.
         """
+        if configuration != self._configuration:
+            return None, None, self._provenance
         running = self._threads.submit(self._run, function, positional, arguments, id, mark)
         try:
             succeeded, answer = await asyncio.wrap_future(running)
