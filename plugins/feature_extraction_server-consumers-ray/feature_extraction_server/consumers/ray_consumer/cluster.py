@@ -36,6 +36,8 @@ DEPLOYMENT: Final = "model"
 _MAX_DEATHS: Final = 3
 #: How often a call is sent at most where replicas die, of whatever.
 _MAX_TRIES: Final = 10
+#: How often a model that has started is asked at most what it has loaded.
+_MAX_START_TRIES: Final = 3
 _POLL_S: Final = 1.0
 _CHECK_S: Final = 0.1  # between looks at whether somebody still waits
 _ANSWER_TIMEOUT_S: Final = 10.0  # of Ray Serve's controller
@@ -113,10 +115,8 @@ class Cluster:
 
         name = f"{settings.general('RAY_APP_PREFIX')}_{model}"
         configuration = self._configuration(model)
-        details = self._wait_for_replica(name, model, grace_s, configuration, is_wanted)
-        handle = _handle(name)
-        provenance = handle.provenance.remote().result(timeout_s=_ANSWER_TIMEOUT_S)
-        app = App(name, model, configuration, handle.options(method_name="call"), provenance)
+        details, provenance = self._wait_for_provenance(name, model, grace_s, configuration, is_wanted)
+        app = App(name, model, configuration, _handle(name).options(method_name="call"), provenance)
         app.take(details)
         self._apps[model] = app
         return provenance, ray.util.get_node_ip_address(), app.replicas
@@ -297,6 +297,21 @@ class Cluster:
         }
 
     # Deploying
+
+    def _wait_for_provenance(
+        self, name: str, model: str, grace_s: float, configuration: str, is_wanted: Callable[[], bool]
+    ) -> tuple[dict[str, Any], dict[str, str | None]]:
+        for n_tries in range(1, _MAX_START_TRIES + 1):
+            details = self._wait_for_replica(name, model, grace_s, configuration, is_wanted)
+            try:
+                return details, _handle(name).provenance.remote().result(timeout_s=_ANSWER_TIMEOUT_S)
+            except Exception as error:  # by many types Ray tells what passes: a dead replica, a stop, a busy node
+                logger.warning("The model %s has started, but does not answer (try %d): %s", model, n_tries, error)
+                reason = str(error).strip().rpartition("\n")[2] or type(error).__name__
+            time.sleep(_POLL_S)
+        raise ModelUnavailable(
+            f"the model {model} has started, but does not answer: {reason}", retry_after=_RETRY_AFTER_S
+        )
 
     def _wait_for_replica(
         self, name: str, model: str, grace_s: float, configuration: str, is_wanted: Callable[[], bool]
