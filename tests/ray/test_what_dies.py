@@ -8,11 +8,13 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import psutil
+
 from tests.conftest import Server
 from tests.load import Load
 from tests.ray.cluster import HEAD_IP, RayCluster
-from tests.ray.conftest import NODES
-from tests.ray.servers import FRAGILE, ask, driver_of, pids, pids_of_fragile, replicas
+from tests.ray.conftest import NODES, ServeUntil
+from tests.ray.servers import FRAGILE, ask, driver_of, pids, pids_of_fragile, replicas, start_model, status
 from tests.waiting import wait_until
 
 JOBS = "/api/tasks/image_captioning/models/fake_fragile/jobs"
@@ -71,6 +73,20 @@ def test_a_replica_that_hangs_is_replaced(first: Server, second: Server) -> None
     assert response.status_code == 504
     wait_until(lambda: bool(pids(first, "fake_fragile") - before), "another replica")
     assert ask(second, FRAGILE).status_code == 200
+
+
+def test_a_replica_that_hangs_is_replaced_where_the_engine_that_asked_it_was_killed(
+    first: Server, serving: ServeUntil
+) -> None:
+    before = pids_of_fragile(first)
+    with serving() as server, ThreadPoolExecutor(1) as pool:
+        start_model(server, "fake_fragile")
+        pool.submit(ask, server, FRAGILE, 4)
+        wait_until(lambda: status(server, "fake_fragile")["running_jobs"] == 1, "the call")
+
+        psutil.Process(status(server, "fake_fragile")["engine_pid"]).kill()
+
+        wait_until(lambda: bool(pids(first, "fake_fragile") - before), "another replica")
 
 
 def test_a_killed_node_costs_no_request(first: Server, cluster: RayCluster) -> None:

@@ -14,7 +14,8 @@ import signal
 import socket
 import sys
 import threading
-from typing import Any
+import time
+from typing import Any, Final
 
 from feature_extraction_server.consumers.ray_consumer.cluster import Cluster
 from feature_extraction_server.consumers.ray_consumer.driver_process import GIVE_UP, MODULE
@@ -25,6 +26,8 @@ from feature_extraction_server.core.setup import set_up
 from feature_extraction_server.core.wire import Channel, send_answer
 
 logger = logging.getLogger(MODULE)  # in the process itself, __name__ is another
+_CONNECTION: Final = "connection"  # what its threads are called
+_END_S: Final = 1.0
 
 
 def main(file_descriptor: int) -> None:
@@ -38,10 +41,19 @@ def main(file_descriptor: int) -> None:
         if not data:
             break
         channel = Channel(socket.socket(fileno=descriptors[0]))
-        threading.Thread(target=_serve, args=(channel, cluster), name="connection", daemon=True).start()
+        threading.Thread(target=_serve, args=(channel, cluster), name=_CONNECTION, daemon=True).start()
+    _let_calls_end()
     cluster.close()
     logging.shutdown()
     os.killpg(0, signal.SIGKILL)  # Ray's threads must not keep it, and what Ray has not ended must not outlive it
+
+
+def _let_calls_end() -> None:
+    """Give calls under way the time to be cancelled on their replicas, which give up those that hang only then."""
+    give_up_at = time.monotonic() + _END_S
+    for thread in threading.enumerate():
+        if thread.name == _CONNECTION:
+            thread.join(max(0, give_up_at - time.monotonic()))
 
 
 def _serve(channel: Channel, cluster: Cluster) -> None:
