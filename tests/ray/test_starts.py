@@ -46,7 +46,7 @@ def test_a_replica_that_died_as_soon_as_it_ran_costs_a_start_nothing(find: Find)
 
 @pytest.mark.parametrize("raised", [TimeoutError(), RuntimeError("head\nthe actor died")], ids=["silent", "dead"])
 def test_a_model_that_never_answers_is_unavailable_for_now(find: Find, raised: Exception) -> None:
-    with pytest.raises(ModelUnavailable, match="does not answer: (TimeoutError|the actor died)") as caught:
+    with pytest.raises(ModelUnavailable, match=r"does not answer: (TimeoutError|the actor died)") as caught:
         find(*[raised] * module._MAX_START_TRIES)
 
     assert caught.value.retry_after is not None

@@ -70,7 +70,7 @@ class App:
         self.gone = False
 
     def take(self, details: dict[str, Any] | None) -> None:
-        """Take note of what Ray Serve tells of it; None: it has been deleted, for good. What has its name is another."""
+        """Take note of what Ray Serve tells of it; None: it has gone, for good. What has its name later is another."""
         replicas = [] if details is None else _replicas(details)
         with self.changed:
             if not self.gone and (details is None or self.replicas != replicas):
