@@ -63,6 +63,13 @@ def begin(engine: Engine, model: str, picture: str, pool: ThreadPoolExecutor) ->
     return module.may_run, answer
 
 
+def wait_for_room(engine: Engine, model: str, picture: str, pool: ThreadPoolExecutor) -> Future[Any]:
+    """Have a request wait for room for its model; return its answer."""
+    waiting = pool.submit(ask, engine, model, picture)
+    wait_until(engine._starting.locked)
+    return waiting
+
+
 def states(engine: Engine, names: list[str]) -> list[str]:
     return [engine.status(name)["state"] for name in names]
 
@@ -164,8 +171,7 @@ def test_a_stop_calls_off_a_request_that_waits_for_room(
     at_work: tuple[Engine, threading.Event, Future[Any]], three: list[str], picture: str, pool: ThreadPoolExecutor
 ) -> None:
     engine, may_run, answer = at_work
-    waiting = pool.submit(ask, engine, "room_b", picture)
-    wait_until(engine._starting.locked)
+    waiting = wait_for_room(engine, "room_b", picture, pool)
 
     engine.stop("room_b", wait=True)
 
@@ -184,8 +190,7 @@ def test_a_request_is_told_of_a_failed_load_while_another_one_waits_for_room(
     with pytest.raises(ModelLoadFailed):
         ask(engine, "room_d", picture)
     may_run, answer = begin(engine, "room_a", picture, pool)
-    waiting = pool.submit(ask, engine, "room_b", picture)
-    wait_until(engine._starting.locked)
+    waiting = wait_for_room(engine, "room_b", picture, pool)
 
     with pytest.raises(ModelLoadFailed, match="no such checkpoint"):
         ask(engine, "room_d", picture)
@@ -199,8 +204,7 @@ def test_a_request_may_be_given_up_while_another_one_waits_for_room(
     at_work: tuple[Engine, threading.Event, Future[Any]], three: list[str], picture: str, pool: ThreadPoolExecutor
 ) -> None:
     engine, may_run, answer = at_work
-    waiting = pool.submit(ask, engine, "room_b", picture)
-    wait_until(engine._starting.locked)
+    waiting = wait_for_room(engine, "room_b", picture, pool)
     looks = iter([True, True, False])
 
     with pytest.raises(ClientDisconnected):

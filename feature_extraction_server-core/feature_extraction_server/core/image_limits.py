@@ -69,8 +69,6 @@ _STYLE: Final = re.compile(
 #: Bytes that a value of each type takes in a TIFF.
 _TIFF_BYTES: Final = (0, 1, 1, 2, 4, 8, 1, 1, 2, 4, 8, 4, 8, 4, 0, 0, 8, 8, 8)
 _MAX_TIFF_TAGS: Final = 65_535  # libtiff reads no more of them
-_TILE_WIDTH: Final = 322
-_TILE_LENGTH: Final = 323
 #: Pixels of a tile in a TIFF of a small picture, and how many times the picture's they may be in a large one.
 MAX_TILE_PIXELS: Final = 2048 * 2048
 _PICTURES_OF_A_TILE: Final = 2
@@ -211,9 +209,9 @@ def _excess_of_tiff(data: bytes, tags: TiffImagePlugin.ImageFileDirectory_v2, n_
     if sum(size for size in sizes if size <= len(data)) > len(data):
         return "tags that are larger than its file"
     # It makes room for a whole tile. Of a size that is there twice, or of an odd type, Pillow may know another one.
-    n_sides = sum(tag in (_TILE_WIDTH, _TILE_LENGTH) for tag, _, _ in entries)
+    n_sides = sum(tag in (TiffImagePlugin.TILEWIDTH, TiffImagePlugin.TILELENGTH) for tag, _, _ in entries)
     if n_sides:
-        width, length = tags.get(_TILE_WIDTH), tags.get(_TILE_LENGTH)
+        width, length = tags.get(TiffImagePlugin.TILEWIDTH), tags.get(TiffImagePlugin.TILELENGTH)
         most = max(MAX_TILE_PIXELS, _PICTURES_OF_A_TILE * n_pixels)
         if n_sides > 2 or not (isinstance(width, int) and isinstance(length, int)) or width * length > most:
             return f"tiles of more than {most} pixels"
