@@ -11,20 +11,25 @@ import psutil
 
 MARKS = """
 import sys
+from types import SimpleNamespace
 import psutil, ray
-from feature_extraction_server.consumers.ray_consumer.replica import has_begun, note_begin
+from feature_extraction_server.consumers.ray_consumer.replica import Replica, note_begin, was_running
 ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="error", _temp_dir=sys.argv[1])
 note_begin("run")
-print(has_begun("run"), has_begun("run"), has_begun("other"), flush=True)
+print(was_running("run"), was_running("run"), was_running("other"), flush=True)
+replica = Replica("fake_echo", {}, "ERROR", 1)
+replica._module = SimpleNamespace(look=lambda: was_running("under way"), end=lambda: None)
+print(replica._run("look", (), {}, None, "under way"), replica._run("end", (), {}, None, "ended"), was_running("ended"))
+sys.stdout.flush()
 head = next(one for one in psutil.Process().children(recursive=True) if "gcs_server" in one.name())
 head.kill()
 head.wait()
 note_begin("without a head")
-print(has_begun("without a head"), flush=True)
+print(was_running("without a head"), flush=True)
 """
 
 
-def test_marks_are_forgotten_once_asked_and_a_lost_head_keeps_no_call_waiting() -> None:
+def test_a_call_is_noted_while_it_is_run_and_a_lost_head_keeps_none_waiting() -> None:
     environment = {"PYTHONPATH": os.pathsep.join(sys.path), "RAY_USAGE_STATS_ENABLED": "0"}
     with (
         tempfile.TemporaryDirectory(prefix="r-", dir="/tmp", ignore_cleanup_errors=True) as folder,
@@ -35,6 +40,7 @@ def test_marks_are_forgotten_once_asked_and_a_lost_head_keeps_no_call_waiting() 
         assert process.stdout is not None
         try:
             assert process.stdout.readline().split() == ["True", "False", "False"]
+            assert process.stdout.readline().strip() == "(True, True) (True, None) False"
             # Where Ray's own limits hold, the process is ended before it says any more.
             assert process.stdout.readline().split() == ["True"]
         finally:

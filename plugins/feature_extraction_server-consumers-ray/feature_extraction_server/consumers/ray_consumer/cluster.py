@@ -24,7 +24,7 @@ from typing import Any, Final
 from PIL import Image
 
 from feature_extraction_server.consumers.ray_consumer import settings
-from feature_extraction_server.consumers.ray_consumer.replica import END, FAILED, PROTOCOL, has_begun
+from feature_extraction_server.consumers.ray_consumer.replica import END, FAILED, PROTOCOL, was_running
 from feature_extraction_server.core import pixels
 from feature_extraction_server.core.errors import ModelError, ModelLoadFailed, ModelUnavailable
 from feature_extraction_server.core.plugins import Registry
@@ -158,6 +158,7 @@ class Cluster:
                 if not self._answers:
                     raise _head_is_silent() from None
                 reason = str(error).strip().rpartition("\n")[2]
+                n_deaths += mark is None or was_running(mark)
             else:
                 if succeeded is None:
                     app.take(None)
@@ -167,8 +168,6 @@ class Cluster:
                         f"a replica of the model {model} has loaded something else: {provenance}, not {app.provenance}"
                     )
                 return succeeded, answer
-            finally:
-                n_deaths += mark is None or has_begun(mark)
             if n_deaths == _MAX_DEATHS:
                 raise ModelUnavailable(
                     f"{_MAX_DEATHS} replicas of the model {model} died of this request, the last one: {reason}"

@@ -30,22 +30,22 @@ HEAD_TIMEOUT_S = 1.0
 
 def note_begin(mark: str) -> None:
     """Note in the head's store that the call with this mark is run, so that it is known of what a replica died."""
-    from ray.experimental import internal_kv
-
     with suppress(Exception):  # no head: the call does not need one
-        client = internal_kv.internal_kv_get_gcs_client()
-        client.internal_kv_put(mark.encode(), b"", True, NAMESPACE.encode(), HEAD_TIMEOUT_S)
+        _head().internal_kv_put(mark.encode(), b"", True, NAMESPACE.encode(), HEAD_TIMEOUT_S)
 
 
-def has_begun(mark: str) -> bool:
-    """Tell whether ``note_begin`` was called with this mark, and forget it. True where the head does not answer."""
-    from ray.experimental import internal_kv
-
+def was_running(mark: str) -> bool:
+    """Tell whether the call with this mark is noted, and forget it. True where the head does not answer."""
     try:
-        client = internal_kv.internal_kv_get_gcs_client()
-        return bool(client.internal_kv_del(mark.encode(), False, NAMESPACE.encode(), HEAD_TIMEOUT_S))
+        return bool(_head().internal_kv_del(mark.encode(), False, NAMESPACE.encode(), HEAD_TIMEOUT_S))
     except Exception:
         return True
+
+
+def _head() -> Any:
+    from ray.experimental import internal_kv
+
+    return internal_kv.internal_kv_get_gcs_client()
 
 
 class Replica:
@@ -145,6 +145,14 @@ class Replica:
     ) -> tuple[bool, Any]:
         if mark is not None:
             note_begin(mark)
+        try:
+            return self._answer(function, positional, arguments, id)
+        finally:
+            # Before the next call is run: that may end this process while the answer is still on its way.
+            if mark is not None:
+                was_running(mark)
+
+    def _answer(self, function: str, positional: Any, arguments: Any, id: str | None) -> tuple[bool, Any]:
         self._tracking.current.set(self._tracking.RequestRecord(id) if id else None)
         try:
             with self._torch_threads.at_work():
