@@ -98,7 +98,7 @@ def second(serving: ServeUntil, first: Server) -> Iterator[Server]:
     settings = {"RAY_NUM_CPUS_FAKE_SLOW": "0.5", "FAKE_SECONDS": "0.01", "REQUEST_TIMEOUT": "5"}
     settings |= {"RAY_NUM_GPUS_FAKE_FLAKY": "1", "RAY_RESOURCES_FAKE_FLAKY": '{"big": 2}'}
     start_model(first, "fake_fragile")
-    with serving(**settings, RAY_PLACEMENT_TIMEOUT="10", LOAD_RETRY_DELAY="1000") as server:
+    with serving(**settings, LOAD_RETRY_DELAY="1000") as server:
         server.post("/api/models/fake_flaky/start", {})  # that there is no room for it shows only after a while
         start_model(server, "fake_fragile")
         yield server

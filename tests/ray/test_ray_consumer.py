@@ -83,6 +83,8 @@ def test_settings_of_a_model_reach_its_replicas_and_a_server_with_others_is_told
     first: Server, second: Server
 ) -> None:
     start_model(first, "fake_slow")
+    second.post("/api/models/fake_slow/start", {})  # which may take longer than its requests wait
+    wait_until(lambda: has_state(second, "fake_slow", "failed"), "the comparison")
 
     response = ask(second, SLOW)
 
@@ -123,7 +125,7 @@ def test_a_stop_on_one_server_is_seen_by_all_and_requests_to_any_start_the_model
     stop_model(second, "fake_fragile")
 
     wait_until(lambda: has_state(first, "fake_fragile", "stopped"))
-    assert not any(psutil.pid_exists(pid) for pid in before)
+    wait_until(lambda: not any(psutil.pid_exists(pid) for pid in before), "the end of the processes")
     # Both deploy the model in the same instant. A request to the second one may not take long: it asks to start it.
     at_once(2, lambda index: start_model((first, second)[index], "fake_fragile"))
     assert ask(first, FRAGILE).status_code == ask(second, FRAGILE).status_code == 200

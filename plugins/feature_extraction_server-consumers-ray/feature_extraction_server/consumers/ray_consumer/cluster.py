@@ -158,7 +158,8 @@ class Cluster:
                 if not self._answers:
                     raise _head_is_silent() from None
                 reason = str(error).strip().rpartition("\n")[2]
-                n_deaths += mark is None or was_running(mark)
+                # Where the head does not say, nobody is blamed: that would be for good.
+                n_deaths += mark is None or was_running(mark) is True
             else:
                 if succeeded is None:
                     app.take(None)
@@ -173,7 +174,8 @@ class Cluster:
                     f"{_MAX_DEATHS} replicas of the model {model} died of this request, the last one: {reason}"
                 )
             time.sleep(_CHECK_S * (n_tries - 1))  # until it is known which replicas are dead
-        raise ModelUnavailable(f"{_MAX_TRIES} replicas of the model {model} died, the last one: {reason}")
+        died = f"{_MAX_TRIES} replicas of the model {model} died, the last one: {reason}"
+        raise ModelUnavailable(died, retry_after=_RETRY_AFTER_S)  # most of them not of this request
 
     def watch(self, model: str, tell: Callable[[list[dict[str, Any]]], None]) -> None:
         """Tell the replicas whenever there are others, until the model is no longer on the cluster, or let go of."""

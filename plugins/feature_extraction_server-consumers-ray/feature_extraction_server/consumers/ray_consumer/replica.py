@@ -34,12 +34,12 @@ def note_begin(mark: str) -> None:
         _head().internal_kv_put(mark.encode(), b"", True, NAMESPACE.encode(), HEAD_TIMEOUT_S)
 
 
-def was_running(mark: str) -> bool:
-    """Tell whether the call with this mark is noted, and forget it. True where the head does not answer."""
+def was_running(mark: str) -> bool | None:
+    """Tell whether the call with this mark is noted, and forget it. None where the head does not answer in time."""
     try:
         return bool(_head().internal_kv_del(mark.encode(), False, NAMESPACE.encode(), HEAD_TIMEOUT_S))
     except Exception:
-        return True
+        return None
 
 
 def _head() -> Any:
