@@ -74,7 +74,7 @@ def nothing_left_behind(lasting_process: psutil.Process | None) -> Iterator[None
             return
         lasting = {lasting_process, *lasting_process.children(recursive=True)} if lasting_process else set()
         found = set(psutil.Process().children(recursive=True)) - lasting
-        children = [child for child in found if child.is_running() and child.status() != "zombie"]
+        children = [child for child in found if not is_gone(child)]
         if not threads and not children:
             return
         time.sleep(0.01)
@@ -85,6 +85,14 @@ def nothing_left_behind(lasting_process: psutil.Process | None) -> Iterator[None
 def pillows_own_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Give Pillow back the limit of pixels that it had: to decode a picture sets it for the whole process."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+
+
+def is_gone(process: psutil.Process) -> bool:
+    """Tell whether a process has ended; its parent may not have asked yet how."""
+    try:
+        return not process.is_running() or bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:  # it has just ended
+        return True
 
 
 def _has_children() -> bool:

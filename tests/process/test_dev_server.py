@@ -90,14 +90,14 @@ def test_first_requests_at_once_load_a_model_once(dev_server: StartServer) -> No
 
 
 def test_result_check_interval_adds_no_latency(dev_server: StartServer) -> None:
-    server = dev_server(RESULT_CHECK_INTERVAL="5", FAKE_SECONDS="0.01", FAKE_LOAD_SECONDS="0")
+    server = dev_server(RESULT_CHECK_INTERVAL="60", FAKE_SECONDS="0.01", FAKE_LOAD_SECONDS="0")
 
     begun = time.monotonic()
     answers = [server.post(SLOW, {"image": PNG}) for _ in range(5)]
     seconds = time.monotonic() - begun
 
     assert all(answer.ok for answer in answers)
-    assert seconds < 5
+    assert seconds < 60
 
 
 def test_requests_that_stall_do_not_block_others(dev_server: StartServer) -> None:

@@ -17,7 +17,7 @@ from PIL import Image
 from dev_server import ROOT
 from feature_extraction_server.core.engine import Engine
 from feature_extraction_server.flask.app import create_app
-from tests.conftest import Server, encode_image
+from tests.conftest import Server, encode_image, is_gone
 from tests.http.bad_requests import PNG
 from tests.http.conftest import json_of
 from tests.load import Load
@@ -55,13 +55,6 @@ def all_of(server: Server) -> list[psutil.Process]:
     """Every process of a server: master, web workers, engine and what the engine has started."""
     master, engine = psutil.Process(server.process.pid), engine_of(server)
     return list({master, engine, *master.children(recursive=True), *engine.children(recursive=True)})
-
-
-def is_gone(process: psutil.Process) -> bool:
-    try:
-        return process.status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 def private_directories(server: Server) -> list[Path]:
@@ -207,6 +200,7 @@ def test_model_that_hangs_is_a_504_and_its_neighbours_never_notice(gunicorn: Sta
 
 def test_model_that_takes_long_to_load_keeps_only_its_own_requests_waiting(gunicorn: StartServer) -> None:
     server = gunicorn(*CONFIGURED, FAKE_LOAD_SECONDS="3", REQUEST_TIMEOUT="1")
+    wait_until(lambda: server.get("/api/models/fake_slow/status").ok, "the engine")
 
     first = server.post(SLOW, picture(40))
 

@@ -157,8 +157,9 @@ def test_clients_that_do_not_close_their_connections_keep_nobody_waiting(gunicor
 
 
 def test_new_connections_go_to_the_worker_that_has_few(gunicorn: StartServer, tmp_path: Path) -> None:
-    leave_to_others_s = 0.05
-    server = gunicorn("-c", worker_configuration(tmp_path, LEAVE_TO_OTHERS_S=leave_to_others_s), "-w", "2")
+    leave_to_others_s = 0.2
+    configuration = worker_configuration(tmp_path, LEAVE_TO_OTHERS_S=leave_to_others_s, MAX_SILENCE_S=60)
+    server = gunicorn("-c", configuration, "-w", "2")
     _, port = address(server)
     wait_until(lambda: len(server.workers()) == 2, "both workers")
     first, second = server.workers()
@@ -341,7 +342,7 @@ def test_requests_at_once_share_calls_and_a_poisoned_one_fails_alone(gunicorn: S
 
 
 def test_requests_at_once_take_few_calls(gunicorn: StartServer) -> None:
-    server = gunicorn("-w", "2", *THREADS, FAKE_SECONDS="0.1")
+    server = gunicorn("-w", "2", *THREADS, FAKE_SECONDS="0.5")
     server.post(SLOW, {"image": PNG})
 
     answers = at_once(64, lambda _: server.post(SLOW, {"image": PNG}))
@@ -365,14 +366,14 @@ def test_each_of_many_pictures_at_once_gets_its_own_answer(gunicorn: StartServer
 
 
 def test_result_check_interval_adds_no_latency(gunicorn: StartServer) -> None:
-    server = gunicorn(*THREADS, RESULT_CHECK_INTERVAL="5", FAKE_SECONDS="0.01", FAKE_LOAD_SECONDS="0")
+    server = gunicorn(*THREADS, RESULT_CHECK_INTERVAL="60", FAKE_SECONDS="0.01", FAKE_LOAD_SECONDS="0")
 
     begun = time.monotonic()
     answers = [server.post(SLOW, {"image": PNG}) for _ in range(5)]
     seconds = time.monotonic() - begun
 
     assert all(answer.ok for answer in answers)
-    assert seconds < 5
+    assert seconds < 60
 
 
 # Ends

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.process
 
 PATH = "/api/models/fake_slow/tasks/image_captioning/features"
 STATUS = "/api/models/fake_slow/status"
-SETTINGS = {"FAKE_SECONDS": "1", "MAX_BATCH_SIZE": "1", "RESULT_CHECK_INTERVAL": "0.02"}
+SETTINGS = {"FAKE_SECONDS": "2", "MAX_BATCH_SIZE": "1", "RESULT_CHECK_INTERVAL": "0.02"}
 
 
 def body(width: int) -> dict[str, str]:

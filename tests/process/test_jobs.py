@@ -18,8 +18,8 @@ from PIL import Image
 
 from dev_server import ROOT
 from feature_extraction_server.core.engine_client import private_directory
-from tests.conftest import Server, encode_image
-from tests.process.test_engine_process import engine_of, is_gone
+from tests.conftest import Server, encode_image, is_gone
+from tests.process.test_engine_process import engine_of
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.process

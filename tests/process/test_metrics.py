@@ -123,7 +123,7 @@ def test_metrics_start_no_engine(gunicorn: StartServer) -> None:
 
 
 def test_server_is_ready_when_the_models_to_preload_run(gunicorn: StartServer) -> None:
-    server = gunicorn(*TWO, "--preload", PRELOAD_MODELS="fake_slow", FAKE_LOAD_SECONDS="1.5")
+    server = gunicorn(*TWO, "--preload", PRELOAD_MODELS="fake_slow", FAKE_LOAD_SECONDS="3")
     told: list[tuple[int, Any]] = []
 
     def is_ready() -> bool:

@@ -26,7 +26,7 @@ from feature_extraction_server.core.model import State
 from feature_extraction_server.core.model_process import ModelProcess
 from feature_extraction_server.core.wire import Channel
 from feature_extraction_server.flask.app import create_app
-from tests.conftest import Server, encode_image
+from tests.conftest import Server, encode_image, is_gone
 from tests.waiting import wait_until
 
 pytestmark = pytest.mark.process
@@ -120,8 +120,9 @@ def run(process: ModelProcess, jobs: list[Job]) -> None:
 
 
 def kill(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: is_gone(pid))
+    process = psutil.Process(pid)
+    process.kill()
+    wait_until(lambda: is_gone(process))
 
 
 def wait_for(engine: Engine, model: str, state: State) -> None:
@@ -140,14 +141,6 @@ def status(client: FlaskClient, model: str = MODEL) -> dict[str, Any]:
     answer = client.get(f"/api/models/{model}/status").json
     assert answer is not None
     return dict(answer)
-
-
-def is_gone(pid: int) -> bool:
-    """Tell whether a process has ended; the engine may not have asked yet how."""
-    try:
-        return bool(psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return True
 
 
 def test_the_model_runs_in_a_process_of_its_own_which_ends_with_it(client: FlaskClient) -> None:
@@ -213,8 +206,7 @@ def test_a_process_that_dies_while_there_is_nothing_to_do_is_replaced_unnoticed(
     ask(client, 40)
     (pid,) = status(client)["pids"]
 
-    os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: is_gone(pid))
+    kill(pid)
 
     assert ask(client, 40).status_code == 200
     assert status(client)["pids"] != [pid]

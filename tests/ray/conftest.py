@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from dev_server import ROOT
-from tests.conftest import Server, gunicorn_command, starting
+from tests.conftest import Server, gunicorn_command, is_gone, starting
 from tests.ray.cluster import RayCluster
 from tests.ray.servers import MODELS, SLOW_S, start_model
 
@@ -58,7 +58,7 @@ def nothing_left_behind() -> Iterator[None]:
         theirs = {process for one in RayCluster.open_ones for process in one.processes()}
         theirs |= {process for server in lasting for process in [server, *server.children(recursive=True)]}
         found = set(psutil.Process().children(recursive=True)) - before - theirs
-        children = [child for child in found if child.is_running() and child.status() != psutil.STATUS_ZOMBIE]
+        children = [child for child in found if not is_gone(child)]
         if not children:
             return
         time.sleep(0.05)
@@ -79,8 +79,10 @@ def serving(cluster: RayCluster, tmp_path_factory: pytest.TempPathFactory) -> Se
             server = start(*CONFIGURED, **cluster.environment, **general | settings)
             process = psutil.Process(server.process.pid)
             lasting.append(process)
-            yield server
-        lasting.remove(process)
+            try:
+                yield server
+            finally:
+                lasting.remove(process)
 
     return serve
 
